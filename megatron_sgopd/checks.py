@@ -1,0 +1,175 @@
+"""Start-up checks: everything that can be found wrong before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.config import PromptSettings, Recipe, Settings
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.objective.methods import Method, method_from_settings
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
+from megatron_sgopd.verify.base import resolve_verifier
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the settings point at, read and found to fit together."""
+
+    student: Architecture
+    teacher: Architecture
+    tokenizer: Any
+    method: Method
+    train: PromptSet
+    heldout: Sequence[Prompt]
+
+
+def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
+    """Read models' configurations, tokenizers, prompts and verifier, and check them against each other.
+
+    Args:
+        row_tokens: length of a packed row, which prompt and response must fit.
+
+    Raises:
+        ConfigError: naming the first setting that does not fit, and the mend.
+    """
+    method = _method(settings)
+    resolve_verifier(settings.verify.verifier)
+    student, teacher = read_architecture(settings.model.path), read_architecture(settings.teacher.path)
+    _check_lengths(settings, student, teacher, row_tokens)
+    tokenizer = _common_tokenizer(settings)
+    heldout: Sequence[Prompt] = ()
+    if settings.data.heldout is not None:
+        heldout = load_prompts(_limited(settings.data.heldout, settings, row_tokens), tokenizer)
+    train = load_prompts(_limited(settings.data.train, settings, row_tokens), tokenizer, exclude=heldout)
+    if settings.verify.verifier == "task":
+        from megatron_sgopd.verify.tasks import scorer
+
+        for task in {prompt.task for prompts in (train, heldout) for prompt in prompts}:
+            scorer(task)
+    if len(train) < settings.rollout.prompts_per_step:
+        raise ConfigError(
+            f"data.train has {len(train)} prompts, fewer than rollout.prompts_per_step="
+            f"{settings.rollout.prompts_per_step}: lower the latter or give more prompts"
+        )
+    return Inputs(student, teacher, tokenizer, method, train, heldout)
+
+
+def _method(settings: Settings) -> Method:
+    overrides = {
+        field.name: getattr(settings.sgopd, field.name)
+        for field in dataclasses.fields(settings.sgopd)
+        if field.name not in ("method", "logprob_chunk_tokens")
+    }
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return method_from_settings(settings.sgopd.method, **given)
+
+
+def _limited(prompts: PromptSettings, settings: Settings, row_tokens: int) -> PromptSettings:
+    """A prompt may be as long as the row leaves room for, if no limit was set."""
+    room = row_tokens - settings.rollout.max_new_tokens
+    limit = room if prompts.max_prompt_tokens is None else min(prompts.max_prompt_tokens, room)
+    return dataclasses.replace(prompts, max_prompt_tokens=limit)
+
+
+def _check_lengths(settings: Settings, student: Architecture, teacher: Architecture, row_tokens: int) -> None:
+    new_tokens = settings.rollout.max_new_tokens
+    if new_tokens >= row_tokens:
+        raise ConfigError(
+            f"rollout.max_new_tokens={new_tokens} leaves no room for a prompt in train.row_tokens={row_tokens}: "
+            "raise the latter"
+        )
+    for name, architecture in (("model", student), ("teacher", teacher)):
+        if row_tokens > architecture.max_position_embeddings:
+            raise ConfigError(
+                f"train.row_tokens={row_tokens} is more than the context of {name}.path "
+                f"({architecture.max_position_embeddings} tokens in {architecture.folder}): lower it"
+            )
+
+
+def _common_tokenizer(settings: Settings) -> Any:
+    """The student's tokenizer, which must map the same text to the same ids as the teacher's."""
+    student, teacher = (_load_tokenizer(path) for path in (settings.model.path, settings.teacher.path))
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        token = different[0]
+        raise ConfigError(
+            f"student and teacher have different tokenizers: {len(different)} tokens differ, first {token!r} (id "
+            f"{ours.get(token)} in {settings.model.path}, {theirs.get(token)} in {settings.teacher.path}): the teacher "
+            "scores the student's token ids, so take a teacher with the same tokenizer"
+        )
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise ConfigError(
+                f"{name} is {getattr(student, name)} in {settings.model.path} but {getattr(teacher, name)} in "
+                f"{settings.teacher.path}: make tokenizer_config.json of both agree"
+            )
+    return student
+
+
+def _load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the tokenizer in {path} cannot be read: {error}") from None
+
+
+def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -> None:
+    """Ranks, heads, layers and batches divide as the layout needs.
+
+    Raises:
+        ConfigError: naming the first that does not.
+    """
+    parallel, train, rollout = recipe.parallel, recipe.train, recipe.rollout
+    student.check_parallel(parallel.tensor, parallel.pipeline)
+    teacher_tensor = recipe.teacher.tensor_parallel or parallel.tensor
+    teacher_pipeline = recipe.teacher.pipeline_parallel or parallel.pipeline
+    teacher.check_parallel(teacher_tensor, teacher_pipeline)
+    student.check_parallel(rollout.tensor_parallel, 1)
+    for name, size in (
+        ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
+        ("teacher.tensor_parallel x teacher.pipeline_parallel", teacher_tensor * teacher_pipeline),
+        ("rollout.tensor_parallel", rollout.tensor_parallel),
+    ):
+        if parallel.ranks % size:
+            raise ConfigError(f"{name} = {size} does not divide parallel.ranks={parallel.ranks}")
+    if parallel.sequence and train.row_tokens % parallel.tensor:
+        raise ConfigError(
+            f"train.row_tokens={train.row_tokens} is not divisible by parallel.tensor={parallel.tensor}, "
+            "which parallel.sequence needs"
+        )
+    if train.warmup_steps >= train.steps:
+        raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
+    data_parallel = parallel.ranks // (parallel.tensor * parallel.pipeline)
+    responses = rollout.prompts_per_step * rollout.group_size
+    if responses % (data_parallel * train.rows_per_microbatch):
+        raise ConfigError(
+            f"rollout.prompts_per_step x rollout.group_size = {responses} responses is not divisible by "
+            f"{data_parallel} data-parallel ranks x train.rows_per_microbatch={train.rows_per_microbatch}: "
+            f"change one of them"
+        )
+
+
+def check_disk(run_dir: Path, parameter_count: int, precision: str) -> None:
+    """One checkpoint fits beside what is on the disk already.
+
+    Raises:
+        ConfigError: with the space that is needed and free.
+    """
+    # Weights, two moments, and float32 master weights where the weights are BF16.
+    needed = parameter_count * (14 if precision == "bf16" else 12)
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"a checkpoint takes {needed / 2**30:.1f} GiB but {existing} has {free / 2**30:.1f} GiB free: "
+            "free some space or choose another run_dir"
+        )

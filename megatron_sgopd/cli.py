@@ -1,0 +1,141 @@
+"""megatron-sgopd COMMAND …: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sgopd import __version__
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.monitor.output import LOGS
+
+if TYPE_CHECKING:
+    from megatron_sgopd.config import Recipe
+
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input gives one message on stderr and exit code 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ConfigError as error:
+        print(f"megatron-sgopd: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-sgopd", description="Sign-gated on-policy distillation on Megatron-Core."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a student by a recipe",
+        description="Check a recipe, then train by it. A run folder that was trained by the same recipe goes on "
+        "from its last checkpoint. Under torchrun or srun the ranks found there are used; otherwise as many "
+        "processes as parallel.ranks are started on this machine.",
+        epilog="Example: megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set train.steps=20",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change one setting of the recipe; may be given several times",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the resolved recipe and the Megatron command line, and stop",
+    )
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_sgopd.recipe import (
+        as_command,
+        check_recipe,
+        load_recipe,
+        megatron_arguments,
+        resolved_text,
+        write_resolved,
+    )
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    inputs = check_recipe(recipe)
+    flags = megatron_arguments(recipe, inputs)
+    if arguments.dry_run:
+        print(resolved_text(recipe))
+        print(as_command(flags, recipe.parallel.ranks))
+        return 0
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        return _train_as_rank(recipe, flags)
+    write_resolved(recipe)
+    return _launch(flags, recipe.parallel.ranks, Path(recipe.run_dir))
+
+
+def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:
+    """Train in this process, one of the ranks that torchrun or srun started."""
+    from megatron_sgopd.pretrain import main as pretrain
+    from megatron_sgopd.recipe import write_resolved
+
+    for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if name not in os.environ:
+            os.environ[name] = os.environ[slurm]
+    if int(os.environ["WORLD_SIZE"]) != recipe.parallel.ranks:
+        raise ConfigError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but parallel.ranks={recipe.parallel.ranks}: "
+            "make them equal"
+        )
+    if os.environ["RANK"] == "0":
+        write_resolved(recipe)
+    sys.argv[1:] = flags
+    return pretrain()
+
+
+def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
+    """Start the ranks on this machine, wait, and show the first rank's error if there is one."""
+    logs = run_dir / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    for stale in logs.glob("*.error"):
+        stale.unlink()
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    with (logs / "launcher.log").open("w") as launcher_log:
+        process = subprocess.Popen(
+            [*command, "-m", "megatron_sgopd.pretrain", *flags],
+            stderr=launcher_log,
+            env={"OMP_NUM_THREADS": threads, **os.environ},
+        )
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+    if code == 0:
+        return 0
+    errors = sorted(logs.glob("*.error"), key=lambda path: path.stat().st_mtime)
+    if not errors:
+        print(f"megatron-sgopd: the ranks ended with exit code {code}; see {logs}/launcher.log", file=sys.stderr)
+        return 1
+    first, message = errors[0].stem, errors[0].read_text().strip()
+    print(f"megatron-sgopd: {first} failed: {message}\nIts whole output is in {logs / first}.log", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

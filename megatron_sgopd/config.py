@@ -1,0 +1,387 @@
+"""Every setting of a run: its meaning, unit, default and limits.
+
+A recipe is these dataclasses written as YAML. The ones that the plugin itself reads (`Settings`) are also
+`--sgopd-*` flags, for users with a Megatron script of their own: `rollout.group_size` is
+`--sgopd-rollout-group-size`, and the fields of `sgopd` itself drop the section (`--sgopd-method`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_sgopd.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSettings:
+    """The student."""
+
+    path: str
+    """Hugging Face folder (config.json, safetensors, tokenizer) that training starts from."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TeacherSettings:
+    """The model to learn from; it may have any size but needs the student's tokenizer."""
+
+    path: str
+    """Hugging Face folder of the teacher."""
+    tensor_parallel: int | None = Field(None, ge=1)
+    """Ranks that share each layer of the teacher; default: as the student."""
+    pipeline_parallel: int | None = Field(None, ge=1)
+    """Pipeline stages of the teacher; default: as the student."""
+    offload: bool = False
+    """Keep the weights of teacher and reference in host memory and move them in only while they score."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RolloutSettings:
+    """What vLLM generates for a step."""
+
+    prompts_per_step: int = Field(64, ge=1)
+    """Prompts drawn for a step, over all ranks."""
+    group_size: int = Field(8, ge=1)
+    """Responses sampled for each prompt (G)."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature; student, teacher and reference log-probs are taken at the same temperature."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Tokens after which a response is cut off."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Ranks that share one vLLM replica; the other ranks form further replicas."""
+    cache_gib: float = Field(1.0, gt=0)
+    """KV cache of a rank in GiB (CPU)."""
+    memory_fraction: float = Field(0.4, gt=0, lt=1)
+    """Share of the GPU's memory that the engine may take, weights included (CUDA)."""
+    sync_bucket_mib: int = Field(256, ge=1)
+    """Largest piece in which weights travel from trainer to engine, in MiB."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SgopdSettings:
+    """The objective; what is left out comes from the method's preset."""
+
+    method: str = "sgopd"
+    """sgopd, sgopd_scaled, sgopd_additive, opd, exopd, opdvr, grpd, grpo, opd_grpo or rgopd."""
+    agree_coefficient: float | None = None
+    """lambda: strength where teacher and verifier agree (above 1: extrapolated)."""
+    conflict_coefficient: float | None = None
+    """beta: strength where they disagree (below 1: interpolated)."""
+    agree_outcome_weight: float | None = None
+    """eta on agreeing tokens: weight of the verifier's own advantage."""
+    conflict_outcome_weight: float | None = None
+    """eta on conflicting tokens."""
+    reference: Literal["initial", "live"] | None = None
+    """What extrapolation moves away from: the initial student, or the student itself (no extra model)."""
+    outcome: Literal["none", "pm1", "group", "group_centered"] | None = None
+    """How outcomes become advantages: none, +-1, or normalised or centred within the prompt's group."""
+    uniform_groups: Literal["conflict", "skip"] | None = None
+    """Groups whose responses all have one outcome: conflict tokens, or left out."""
+    noise_floor: float | None = Field(None, ge=0)
+    """tau in nats: where teacher and student differ by less, the gate is neutral."""
+    importance_clip: float | None = Field(None, gt=0)
+    """C: weight tokens by min(exp(s - b), C); unset: no importance weights."""
+    trajectory_margin: float | None = None
+    """m in nats: margin of rgopd's gate over whole responses."""
+    logprob_chunk_tokens: int = Field(0, ge=0)
+    """Response tokens whose logits are held at once; 0 chooses from the vocabulary."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VerifySettings:
+    """Who decides whether a response is right."""
+
+    verifier: str = "math"
+    """math, task (reasoning-gym's own scorer), exact, or import.path:function."""
+    workers: int = Field(1, ge=1)
+    """Verifier processes of each rank."""
+    time_limit: float = Field(5.0, gt=0)
+    """Seconds for one answer; one that takes longer is wrong."""
+    memory_limit_mib: int = Field(1024, ge=64)
+    """Memory of a verifier process in MiB; an answer that needs more is wrong."""
+    truncated: Literal["wrong", "skip"] = "wrong"
+    """Responses cut off at max_new_tokens: wrong, or left out of training."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PromptSettings:
+    """Where prompts and their reference answers come from."""
+
+    source: str
+    """A .jsonl or .parquet file, a Hugging Face dataset folder, or reasoning_gym:TASK."""
+    prompt_field: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages."""
+    answer_field: str = "answer"
+    """Column with the reference answer."""
+    size: int = Field(10_000, ge=1)
+    """Problems to generate (reasoning-gym only)."""
+    task_settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the reasoning-gym task, such as min_terms."""
+    seed: int = 0
+    """Seed of the generated problems (reasoning-gym only)."""
+    split: str = "train"
+    """Split to read from a dataset folder that has several."""
+    chat_template: bool = True
+    """Put prompts through the tokenizer's chat template."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt that is accepted, in tokens; default: what a row leaves beside max_new_tokens."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSettings:
+    """Prompts to train on and to evaluate on."""
+
+    train: PromptSettings
+    """Prompts of the training steps."""
+    heldout: PromptSettings | None = None
+    """Prompts of the evaluations; any that also occur in `train` are taken out of `train`."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluateSettings:
+    """Pass rate on the held-out prompts."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    samples: int = Field(8, ge=1)
+    """Responses for each held-out prompt (avg@k)."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature of evaluations."""
+    teacher: bool = False
+    """Evaluate the teacher too, before training (loads it into vLLM once)."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AlarmSettings:
+    """Limits beyond which a run stops with a diagnosis."""
+
+    logprob_gap: float = Field(0.5, gt=0)
+    """Largest mean |s - b| in nats between training and rollout log-probs."""
+    teacher_floor: float = Field(0.9, gt=0, le=1)
+    """Teacher log-probs whose mean is below -floor * ln(vocabulary) are those of a model without weights."""
+    truncated_steps: int = Field(3, ge=1)
+    """Steps in a row in which every response is truncated."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoggingSettings:
+    """What a run writes besides its checkpoints."""
+
+    quiet: bool = True
+    """Send the output of Megatron and vLLM to RUN_DIR/logs instead of the terminal (ready script only)."""
+    samples_every: int = Field(10, ge=0)
+    """Steps between printed sample responses; 0: never."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run folder."""
+    record: str | None = None
+    """Folder that receives each step's batch (safetensors and JSON)."""
+    replay: str | None = None
+    """Folder of recorded batches to train on instead of generating."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Settings:
+    """Everything that the plugin reads itself; the rest of a recipe becomes Megatron flags."""
+
+    model: ModelSettings
+    teacher: TeacherSettings
+    data: DataSettings
+    rollout: RolloutSettings = RolloutSettings()
+    sgopd: SgopdSettings = SgopdSettings()
+    verify: VerifySettings = VerifySettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    alarms: AlarmSettings = AlarmSettings()
+    logging: LoggingSettings = LoggingSettings()
+    run_dir: str = "runs/default"
+    """Folder of the run: metrics, samples, checkpoints, summary."""
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    """Hardware to run on; auto takes CUDA where a GPU is found."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParallelSettings:
+    """How the student is spread over ranks."""
+
+    ranks: int = Field(1, ge=1)
+    """Processes over all nodes, one a GPU (or a share of the CPU cores)."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that share each layer (TP)."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages (PP); the remaining factor of `ranks` is data parallel."""
+    sequence: bool = False
+    """Sequence parallelism within the tensor-parallel group."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainSettings:
+    """Megatron's optimizer and batches."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps; each uses one batch of rollouts."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW first-moment decay."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW second-moment decay."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    seed: int = Field(1234, ge=1)
+    """Seed of prompt order, sampling and everything else that is random."""
+    precision: Literal["float32", "bf16"] = "bf16"
+    """Parameter and activation type of student, teacher and reference."""
+    row_tokens: int = Field(4096, ge=8)
+    """Length of a packed row in tokens; a prompt and its response must fit."""
+    rows_per_microbatch: int = Field(1, ge=1)
+    """Packed rows that pass through the model at once."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointSettings:
+    """Megatron checkpoints in RUN_DIR/checkpoints."""
+
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only after the last step."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe(Settings):
+    """A whole run."""
+
+    train: TrainSettings = dataclasses.field(kw_only=True)
+    parallel: ParallelSettings = ParallelSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Further Megatron flags without the leading dashes: `{log-interval: 10, use-flash-attn: true}`."""
+
+
+def build[T](cls: type[T], values: dict[str, Any], origin: str) -> T:
+    """Check `values` against the dataclass `cls` and build it.
+
+    Raises:
+        ConfigError: naming every setting that is unknown (with the nearest known one), missing or out of
+            its range; `origin` says where the values came from.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        problems = [_problem(cls, details) for details in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(problems)) from None
+
+
+def _problem(cls: type, details: Any) -> str:
+    location = ".".join(str(part) for part in details["loc"])
+    if details["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section = _section(cls, details["loc"][:-1])
+        near = difflib.get_close_matches(str(details["loc"][-1]), section, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(section)}"
+        return f"unknown setting {location!r}: {hint}"
+    if details["type"] in ("missing", "missing_argument"):
+        return f"setting {location!r} is missing"
+    return f"setting {location!r} is {details['input']!r}: {details['msg'][0].lower() + details['msg'][1:]}"
+
+
+def _section(cls: type, path: Sequence[Any]) -> list[str]:
+    for part in path:
+        cls = _nested(cls)[part]
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _nested(cls: Any) -> dict[str, Any]:
+    """The fields of `cls` that are dataclasses themselves, optional ones included."""
+    found = {}
+    for name, annotation in typing.get_type_hints(cls).items():
+        for candidate in (annotation, *typing.get_args(annotation)):
+            if dataclasses.is_dataclass(candidate):
+                found[name] = candidate
+    return found
+
+
+def _flags(cls: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Path and description of every setting in `cls` and below."""
+    nested = _nested(cls)
+    for name, field in cls.__pydantic_fields__.items():
+        if name in nested:
+            yield from _flags(nested[name], (*path, name))
+        else:
+            default = "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)})"
+            yield (*path, name), (field.description or "") + default
+
+
+def flag_name(path: Sequence[str]) -> str:
+    """`("rollout", "group_size")` -> `--sgopd-rollout-group-size`."""
+    parts = path[1:] if path[0] == "sgopd" else path
+    return "--sgopd-" + "-".join(parts).replace("_", "-")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The `--sgopd-*` flags with their help; it leaves all others alone."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    for path, description in _flags(Settings):
+        parser.add_argument(
+            flag_name(path),
+            dest=".".join(path),
+            type=yaml.safe_load,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=description.replace("%", "%%"),
+        )
+    return parser
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[Settings, list[str]]:
+    """Take the `--sgopd-*` flags out of `argv`; return the settings and the flags that are left.
+
+    Raises:
+        ConfigError: an unknown `--sgopd-*` flag, or a value out of its range.
+    """
+    known, rest = argument_parser().parse_known_args(argv)
+    names = [flag_name(path) for path, _ in _flags(Settings)]
+    for argument in rest:
+        if argument.startswith("--sgopd-"):
+            near = difflib.get_close_matches(argument.split("=")[0], names, n=1)
+            raise ConfigError(f"unknown flag {argument!r}" + (f": did you mean {near[0]}?" if near else ""))
+    values: dict[str, Any] = {}
+    for name, value in vars(known).items():
+        *sections, last = name.split(".")
+        level = values
+        for section in sections:
+            level = level.setdefault(section, {})
+        level[last] = value
+    return build(Settings, values, "--sgopd-* flags"), rest
+
+
+def settings_flags(settings: Settings) -> list[str]:
+    """The flags that `parse_flags` turns back into `settings`."""
+    flags = []
+    for path, _ in _flags(Settings):
+        value: Any = settings
+        for part in path:
+            value = getattr(value, part, None)
+        if value is not None and value != {}:
+            flags.append(f"{flag_name(path)}={json.dumps(value)}")
+    return flags
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Nested plain values, as they would stand in YAML."""
+    return dataclasses.asdict(settings)

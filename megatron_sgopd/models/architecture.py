@@ -1,0 +1,315 @@
+"""What a Hugging Face folder's config.json says about a model, and whether it is understood in full.
+
+Every field of config.json is either used, known to change nothing, or allowed one value only; anything
+else is refused by name, since a field that is silently ignored gives silently wrong log-probs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.errors import ConfigError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only model's shape and arithmetic, as read from its folder. Sizes are counts of elements."""
+
+    folder: Path
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    rope_type: str
+    rope_theta: float
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_query_groups * self.head_dim
+
+    @property
+    def untied_embeddings(self) -> bool:
+        """Whether the output layer has a weight of its own."""
+        return not self.tied_embeddings
+
+    def check_parallel(self, tensor: int, pipeline: int) -> None:
+        """Check that the model splits evenly over `tensor` x `pipeline` ranks.
+
+        Raises:
+            ConfigError: something does not divide; the message names it.
+        """
+        divided = [
+            ("tensor", tensor, "num_attention_heads", self.num_attention_heads),
+            ("tensor", tensor, "num_key_value_heads", self.num_query_groups),
+            ("tensor", tensor, "intermediate_size", self.ffn_hidden_size),
+            ("pipeline", pipeline, "num_hidden_layers", self.num_layers),
+        ]
+        for kind, ranks, name, size in divided:
+            if size % ranks:
+                raise ConfigError(
+                    f"{kind} parallel size {ranks} does not divide {name} = {size} of {self.folder}: "
+                    f"use a divisor of {size}"
+                )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """One model_type: what its layers have, and the fields of config.json that belong to it alone."""
+
+    causal_class: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    default_head_dim: int | None = None
+    """Where config.json names none; None: hidden_size / num_attention_heads."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that change the computation, and the one value of each that is computed exactly."""
+    ignored: frozenset[str] = frozenset()
+    """Fields that change nothing while the fixed ones have their values."""
+
+
+_QWEN_WINDOW = frozenset({"sliding_window", "max_window_layers"})  # read only where use_sliding_window
+
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(
+        "LlamaForCausalLM",
+        fixed={"attention_bias": False, "mlp_bias": False, "sliding_window": None, "rope_interleaved": False},
+        ignored=frozenset({"pretraining_tp", "is_llama_config", "transformers.js_config"}),
+    ),
+    "qwen2": _Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        fixed={"use_sliding_window": False, "use_mrope": False},
+        ignored=_QWEN_WINDOW,
+    ),
+    "qwen3": _Family(
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        default_head_dim=128,
+        fixed={"attention_bias": False, "use_sliding_window": False},
+        ignored=_QWEN_WINDOW,
+    ),
+}
+
+_USED = frozenset(
+    {
+        "model_type",
+        "architectures",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "layer_types",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    }
+)
+_FIXED: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+_IGNORED = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Read `folder`/config.json, without importing torch, transformers or Megatron.
+
+    Raises:
+        ConfigError: the folder, its config.json or its safetensors are missing, the model_type is not
+            supported, or a field may change the computation in a way that is not understood.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _check_weights_present(folder)
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise ConfigError(
+            f"{folder}: model_type {model_type!r} is not supported: use one of {', '.join(sorted(_FAMILIES))}"
+        )
+    family = _FAMILIES[model_type]
+    _check_fields(folder, model_type, family, config)
+    rope_type, rope_theta = _read_rope(folder, config)
+
+    def size(name: str, default: int | None = None) -> int:
+        value = config.get(name)
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{folder}/config.json: {name} = {value!r} must be a positive whole number")
+        return value
+
+    num_layers, hidden_size, heads = (
+        size(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    layer_types = config.get("layer_types")
+    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
+        raise ConfigError(
+            f"{folder}/config.json: layer_types = {layer_types!r} is not supported: "
+            f"only full_attention in all {num_layers} layers is"
+        )
+    architecture = Architecture(
+        folder=folder,
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=size("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=size("num_key_value_heads", heads if model_type == "llama" else None),
+        head_dim=size("head_dim", family.default_head_dim or hidden_size // heads),
+        vocab_size=size("vocab_size"),
+        max_position_embeddings=size("max_position_embeddings"),
+        norm_epsilon=_positive_number(folder, "rms_norm_eps", config.get("rms_norm_eps")),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_type=rope_type,
+        rope_theta=rope_theta,
+    )
+    if heads % architecture.num_query_groups:
+        raise ConfigError(
+            f"{folder}/config.json: num_key_value_heads = {architecture.num_query_groups} "
+            f"does not divide num_attention_heads = {heads}"
+        )
+    return architecture
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: give a local Hugging Face model folder")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no config.json, only {_contents(folder)}: give a model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}, not an object with the model's fields")
+    return config
+
+
+def _check_weights_present(folder: Path) -> None:
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return
+    mend = "save the model as safetensors"
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):
+        mend = "pickle files are never loaded; " + mend + " (transformers: save_pretrained)"
+    raise ConfigError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, only {_contents(folder)}: {mend}")
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return shown or "nothing at all"
+
+
+def _check_fields(folder: Path, model_type: str, family: _Family, config: Mapping[str, Any]) -> None:
+    classes = config.get("architectures")
+    if classes is not None and classes != [family.causal_class]:
+        raise ConfigError(
+            f"{folder}/config.json: architectures = {classes!r} is not supported: "
+            f"a {model_type} model must be {family.causal_class}"
+        )
+    fixed = {**_FIXED, **family.fixed}
+    for name, value in config.items():
+        if name in fixed:
+            if value != fixed[name]:
+                raise ConfigError(
+                    f"{folder}/config.json: {name} = {value!r} is not supported for {model_type}: "
+                    f"only {fixed[name]!r} is computed exactly"
+                )
+        elif name not in _USED | _IGNORED | family.ignored:
+            raise ConfigError(
+                f"{folder}/config.json: {name} = {value!r} is not a field that is understood for "
+                f"{model_type}, and may change what the model computes: remove it if it does not"
+            )
+
+
+def _read_rope(folder: Path, config: Mapping[str, Any]) -> tuple[str, float]:
+    """Type and base of the rotary embedding: `rope_parameters` (transformers 5) or `rope_scaling` and
+    `rope_theta` (before)."""
+    path = folder / "config.json"
+    current, former = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if current and former and current != former:
+        raise ConfigError(f"{path}: rope_parameters = {current!r} contradicts rope_scaling = {former!r}")
+    parameters = former or current
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{path}: rope_parameters = {parameters!r} must be an object")
+
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
+        raise ConfigError(
+            f"{path}: rope_type = {rope_type!r} is not supported: "
+            f"only {', '.join(_ROPE_FIELDS)} can be computed exactly"
+        )
+    needed = _ROPE_FIELDS[rope_type]
+    optional = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    for name, value in parameters.items():
+        if name not in needed | optional or (name == "partial_rotary_factor" and value != 1.0):
+            raise ConfigError(f"{path}: {name} = {value!r} is not supported with rope_type {rope_type!r}")
+    for name in sorted(needed):
+        _positive_number(folder, f"{name} of rope_type {rope_type!r}", parameters.get(name))
+    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    return rope_type, _positive_number(folder, "rope_theta", theta)
+
+
+def _positive_number(folder: Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"{folder}/config.json: {name} = {value!r} must be a positive number")
+    return float(value)

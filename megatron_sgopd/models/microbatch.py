@@ -1,0 +1,97 @@
+"""Packed rows on their way through a Megatron model, and the hidden states that come out at responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_sgopd.models.logprobs import OutputHead
+from megatron_sgopd.platform import current
+from megatron_sgopd.rollout.packing import PackedRows
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """B packed rows on this rank's device and the response tokens in them."""
+
+    tokens_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    segments_BS: torch.Tensor
+    row_T: torch.Tensor
+    """Row within the microbatch of each response token."""
+    column_T: torch.Tensor
+    """Column at which it is predicted."""
+    targets_T: torch.Tensor
+    span: slice
+    """Which of all response tokens of the step these are."""
+
+
+def microbatches(rows: PackedRows, start: int, stop: int, size: int) -> Iterator[Microbatch]:
+    """Rows [start, stop) in pieces of `size` rows."""
+    device = current().device
+    for first in range(start, stop, size):
+        span = rows.tokens_of_rows(first, first + size)
+        yield Microbatch(
+            rows.tokens_RS[first : first + size].to(device),
+            rows.positions_RS[first : first + size].to(device),
+            rows.segments_RS[first : first + size].to(device),
+            (rows.row_T[span] - first).to(device),
+            rows.column_T[span].to(device),
+            rows.targets_T[span].to(device),
+            span,
+        )
+
+
+def forward(model: Any, batch: Microbatch, output_processor: Any, context: Any) -> torch.Tensor:
+    """Run this pipeline stage; the last stage returns what `output_processor` makes of the hidden states."""
+    return model(
+        batch.tokens_BS,
+        batch.positions_BS,
+        output_processor=output_processor,
+        output_processor_context=context,
+        **current().packed_attention(batch.segments_BS),
+    )
+
+
+def response_hidden(
+    hidden_states: torch.Tensor, config: Any, tensor_parallel_group: Any, batch: Microbatch
+) -> torch.Tensor:
+    """Hidden states at the positions that predict response tokens.
+
+    Args:
+        hidden_states: [S, B, H] as a `GPTModel`'s decoder returns them, or [S / TP, B, H] with sequence
+            parallelism.
+
+    Returns:
+        [T, H]. The gradient that flows back is expected to be summed over the tensor-parallel group already.
+    """
+    if config.sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=tensor_parallel_group
+        )
+    return hidden_states.view(batch.tokens_BS.shape[1], batch.tokens_BS.shape[0], -1)[batch.column_T, batch.row_T]
+
+
+def output_head(
+    model_output_layer: Any,
+    output_weight: torch.Tensor | None,
+    vocab_size: int,
+    tensor_parallel_group: Any,
+    temperature: float,
+    chunk_tokens: int,
+) -> OutputHead:
+    """The output layer as the log-prob functions take it; tied models pass the embedding as `output_weight`."""
+    weight = model_output_layer.weight if output_weight is None else output_weight
+    return OutputHead(weight, vocab_size, tensor_parallel_group, chunk_tokens, temperature)
+
+
+def unwrapped(model: Any) -> GPTModel:
+    """The `GPTModel` inside Megatron's data-parallel and precision wrappers."""
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model

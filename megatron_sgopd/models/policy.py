@@ -1,0 +1,128 @@
+"""The student's training forward: log-probs, objective and gradient in one pass over the output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sgopd.models.architecture import Architecture
+from megatron_sgopd.models.logprobs import fused_policy_loss, target_logprobs
+from megatron_sgopd.models.microbatch import Microbatch, forward, output_head, response_hidden
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, token_update
+from megatron_sgopd.objective.methods import Method
+from megatron_sgopd.objective.metrics import Sums, add_sums, metric_sums, metrics_from_sums
+from megatron_sgopd.platform import current
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that is trained, without Megatron's wrappers, and its process groups."""
+
+    model: GPTModel
+    architecture: Architecture
+    groups: ProcessGroupCollection
+
+
+class PolicyStep:
+    """`forward_step_func` of one training step, and what it saw on the way."""
+
+    def __init__(
+        self,
+        student: Student,
+        signals: TokenSignals,
+        outcomes_T: torch.Tensor,
+        method: Method,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> None:
+        """`signals` and `outcomes_T` cover all response tokens of the step, in the order of the packed rows."""
+        self._student = student
+        self._signals = signals
+        self._outcomes_T = outcomes_T
+        self._method = method
+        self._temperature = temperature
+        self._chunk_tokens = chunk_tokens
+        self._parts: list[Sums] = []
+        self.student_logprobs_T = torch.zeros(len(outcomes_T), dtype=torch.float32)
+
+    def __call__(self, data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
+        batch = next(data_iterator)
+        output = forward(model, batch, self._output_processor, batch)
+        return output, lambda loss: self._reduced(loss, batch)
+
+    def _reduced(self, loss: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Loss summed over tokens, tokens, and the pair that Megatron logs as a mean."""
+        tokens = self._signals.mask_T[batch.span].sum().to(current().device, torch.int)
+        return loss, tokens, {"sgopd loss": torch.stack([loss.detach().float(), tokens.float()])}
+
+    def _output_processor(
+        self,
+        hidden_states: Any,
+        output_layer: Any,
+        output_weight: Any,
+        context: Microbatch,
+        config: Any,
+        **_: Any,
+    ) -> torch.Tensor:
+        groups = self._student.groups
+        head = output_head(
+            output_layer,
+            output_weight,
+            self._student.architecture.vocab_size,
+            groups.tp,
+            self._temperature,
+            self._chunk_tokens,
+        )
+        hidden_TH = response_hidden(hidden_states, config, groups.tp, context)
+        signals = self._signals[context.span].to(hidden_TH.device)
+        if self._method.needs_whole_responses:
+            logprobs_T, entropy_T = target_logprobs(hidden_TH, head, context.targets_T, with_entropy=True)
+            weights_T = coefficients(logprobs_T.detach(), signals, self._method, normalizer=1.0)
+            loss = -(weights_T * logprobs_T).sum()
+        else:
+            loss, logprobs_T, entropy_T = fused_policy_loss(
+                hidden_TH,
+                head,
+                context.targets_T,
+                lambda logprobs_C, chunk: coefficients(logprobs_C, signals[chunk], self._method, normalizer=1.0),
+                with_entropy=True,
+            )
+        self._collect(logprobs_T.detach(), entropy_T, signals, context)
+        return loss
+
+    def _collect(self, logprobs_T: torch.Tensor, entropy_T: Any, signals: TokenSignals, batch: Microbatch) -> None:
+        self.student_logprobs_T[batch.span] = logprobs_T.float().cpu()
+        if self._student.groups.tp.rank() == 0:  # the other ranks of the group see the same tokens
+            self._parts.append(self._sums(logprobs_T, signals, self._outcomes_T[batch.span], entropy_T))
+
+    def _sums(self, logprobs_T: Any, signals: TokenSignals, outcomes_T: torch.Tensor, entropy_T: Any) -> Sums:
+        update = token_update(logprobs_T, signals, self._method)
+        return metric_sums(logprobs_T, signals, update, outcomes_T.to(logprobs_T.device), entropy_T, self._method)
+
+    def metrics(self) -> dict[str, float]:
+        """Token statistics of the step over all ranks, on every rank."""
+        nothing = torch.zeros(0, dtype=torch.float32, device=current().device)
+        empty = self._sums(nothing, self._signals[:0].to(nothing.device), nothing, nothing)
+        sums = add_sums([empty, *self._parts])
+        for operation, is_max in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+            names = [name for name in sorted(sums) if name.endswith("_max") == is_max]
+            flat = torch.cat([sums[name].flatten() for name in names])
+            dist.all_reduce(flat, op=operation)
+            for name, part in zip(names, flat.split([sums[name].numel() for name in names]), strict=True):
+                sums[name] = part.view(sums[name].shape)
+        return metrics_from_sums(sums)
+
+    def gather_student_logprobs(self) -> torch.Tensor:
+        """s_t of every response token of the step, on every rank: float32 [T]."""
+        groups = self._student.groups
+        holds = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
+        logprobs_T = self.student_logprobs_T if holds else torch.zeros_like(self.student_logprobs_T)
+        logprobs_T = logprobs_T.to(current().device)
+        dist.all_reduce(logprobs_T)
+        return logprobs_T.cpu()

@@ -1,0 +1,140 @@
+"""Log-probs of given responses under a frozen model: the teacher, or the initial student as reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.inference.shards import build_inference_pg_collection
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sgopd.models.architecture import Architecture
+from megatron_sgopd.models.logprobs import target_logprobs
+from megatron_sgopd.models.microbatch import Microbatch, forward, microbatches, output_head, response_hidden
+from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
+from megatron_sgopd.models.weights import load_weights
+from megatron_sgopd.platform import current
+from megatron_sgopd.rollout.packing import PackedRows
+
+
+class Scorer:
+    """A Megatron model without optimizer or gradient buffers, with a TP/PP of its own over the same ranks."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        base: TransformerConfig,
+        tensor: int,
+        pipeline: int,
+        offload: bool,
+        rows_per_microbatch: int,
+        chunk_tokens: int,
+    ) -> None:
+        """Build the model and read this rank's slices of its weights.
+
+        Args:
+            base: the run's configuration, for precision and kernels.
+            offload: keep the weights in host memory between calls.
+
+        Raises:
+            ConfigError: the model does not split over `tensor` x `pipeline` ranks, or its files do not fit.
+        """
+        self._architecture = architecture
+        self._groups = _process_groups(tensor, pipeline)
+        self._config = transformer_config(architecture, base, tensor, pipeline)
+        self._first_stage = self._groups.pp.rank() == 0
+        self._last_stage = self._groups.pp.rank() == pipeline - 1
+        self._rows_per_microbatch = rows_per_microbatch
+        self._chunk_tokens = chunk_tokens
+        model = build_model(
+            architecture,
+            self._config,
+            self._groups,
+            pre_process=self._first_stage,
+            post_process=self._last_stage,
+            padded_vocab_size=padded_vocab_size(architecture, tensor),
+        )
+        model = model.to(self._config.params_dtype).requires_grad_(False).eval()
+        load_weights(model, architecture, self._groups.tp)
+        self._offload = offload
+        self._model = model if offload else model.to(current().device)
+        self.forwards = 0
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of ranks that score different rows."""
+        return self._groups.dp.size()
+
+    @torch.no_grad()
+    def score(self, rows: PackedRows, temperature: float) -> torch.Tensor:
+        """Log-probs of all response tokens, on every rank.
+
+        Args:
+            rows: the step's packed rows, the same on every rank; their number is a multiple of
+                `data_parallel_size` times the rows of a microbatch.
+
+        Returns:
+            float32 [T] in nats, on the host.
+        """
+        self.forwards += 1
+        if self._offload:
+            self._model.to(current().device)
+        share = rows.rows // self.data_parallel_size
+        start = share * self._groups.dp.rank()
+        parts = microbatches(rows, start, start + share, self._rows_per_microbatch)
+        schedule = get_forward_backward_func(self._groups.pp.size(), None)
+        outputs = schedule(
+            forward_step_func=self._forward_step(temperature),
+            data_iterator=parts,
+            model=self._model,
+            num_microbatches=share // self._rows_per_microbatch,
+            seq_length=rows.tokens_RS.shape[1],
+            micro_batch_size=self._rows_per_microbatch,
+            forward_only=True,
+            collect_non_loss_data=True,
+            p2p_communicator=P2PCommunicator(self._groups.pp, self._config),
+            pg_collection=self._groups,
+        )
+        if self._offload:
+            self._model.to("cpu")
+        # Ranks that hold no result add zeros: one all-reduce of 4 bytes a token.
+        logprobs_T = torch.zeros(rows.offsets_R1[-1], dtype=torch.float32, device=current().device)
+        if self._last_stage and self._groups.tp.rank() == 0:
+            for span, part in outputs:
+                logprobs_T[span] = part
+        dist.all_reduce(logprobs_T)
+        return logprobs_T.cpu()
+
+    def _forward_step(self, temperature: float) -> Any:
+        def logprobs(hidden_states: Any, output_layer: Any, output_weight: Any, context: Microbatch, **_: Any) -> Any:
+            head = output_head(
+                output_layer,
+                output_weight,
+                self._architecture.vocab_size,
+                self._groups.tp,
+                temperature,
+                self._chunk_tokens,
+            )
+            hidden_TH = response_hidden(hidden_states, self._config, self._groups.tp, context)
+            return target_logprobs(hidden_TH, head, context.targets_T)[0]
+
+        def forward_step(data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
+            batch = next(data_iterator)
+            output = forward(model, batch, logprobs, batch)
+            return output, lambda output, non_loss_data: (batch.span, output)
+
+        return forward_step
+
+
+def _process_groups(tensor: int, pipeline: int) -> ProcessGroupCollection:
+    """The training groups where the layout is theirs, else groups of its own over all ranks."""
+    training = (mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size())
+    if (tensor, pipeline) == training:
+        return ProcessGroupCollection.use_mpu_process_groups()
+    return build_inference_pg_collection(dist.get_world_size(), tp_size=tensor, pp_size=pipeline, cp_size=1)

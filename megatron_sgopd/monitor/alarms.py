@@ -1,0 +1,85 @@
+"""Faults that would otherwise stay silent: each stops the run with a diagnosis."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_sgopd.config import AlarmSettings
+from megatron_sgopd.errors import Alarm
+
+if TYPE_CHECKING:
+    from megatron_sgopd.step import Batch
+
+
+def check_responses(settings: AlarmSettings, batch: Batch, truncated_history: list[bool]) -> None:
+    """Something was generated, and not every response was cut off for several steps in a row.
+
+    Args:
+        truncated_history: one entry for each earlier step of this process; this step's is appended.
+
+    Raises:
+        Alarm: naming the step and what to change.
+    """
+    assert batch.trajectories is not None
+    if not any(t.token_ids for t in batch.trajectories):
+        raise Alarm(
+            f"step {batch.step}: {len(batch.trajectories)} responses hold no token at all: the model stops at once. "
+            "Look at the chat template and at eos_token_id in generation_config.json."
+        )
+    truncated_history.append(all(t.truncated for t in batch.trajectories))
+    recent = truncated_history[-settings.truncated_steps :]
+    if len(recent) == settings.truncated_steps and all(recent):
+        raise Alarm(
+            f"step {batch.step}: every response of the last {len(recent)} steps was truncated: nothing can be "
+            "verified. Raise rollout.max_new_tokens, or check that the model knows its end-of-sequence token."
+        )
+
+
+def check_teacher(settings: AlarmSettings, logprobs_T: torch.Tensor, vocab_size: int) -> None:
+    """The teacher's log-probs are numbers, and better than those of a uniform guess.
+
+    Raises:
+        Alarm: they are not finite, or their mean lies near -ln(vocab_size).
+    """
+    if not torch.isfinite(logprobs_T).all():
+        count = int((~torch.isfinite(logprobs_T)).sum())
+        raise Alarm(
+            f"{count} of {logprobs_T.numel()} teacher log-probs are NaN or infinite: the teacher's weights or its "
+            "precision are broken. Try train.precision=float32, and check the teacher's files."
+        )
+    mean, uniform = float(logprobs_T.mean()), -math.log(vocab_size)
+    if mean < settings.teacher_floor * uniform:
+        raise Alarm(
+            f"mean teacher log-prob is {mean:.2f}, near {uniform:.2f} = -ln(vocabulary), as of a model without "
+            "weights: the teacher was not loaded, or its vocabulary is not the student's. "
+            "If the teacher is really that far away, raise alarms.teacher_floor."
+        )
+
+
+def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float]) -> None:
+    """Loss and gradient are numbers, some token was trained on, and trainer and engine agree on the policy.
+
+    Raises:
+        Alarm: naming the first thing that is wrong.
+    """
+    if metrics["tokens"] == 0:
+        raise Alarm(
+            f"step {step}: no response token was left to train on: every response was masked out. Look at "
+            "verify.truncated=skip and sgopd.uniform_groups=skip, and at the pass rate."
+        )
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise Alarm(
+                f"step {step}: {name} is {metrics[name]}: lower train.learning_rate, or set train.clip_grad and "
+                "train.precision=float32 to find where it starts"
+            )
+    if metrics["logprob_gap"] > settings.logprob_gap:
+        raise Alarm(
+            f"step {step}: training and rollout log-probs of the same tokens differ by {metrics['logprob_gap']:.3f} "
+            f"nats on average (limit alarms.logprob_gap={settings.logprob_gap}): the engine holds other weights than "
+            "the trainer, or samples at another temperature than rollout.temperature. Low precision alone gives "
+            "about 0.03 (BF16) to 0.2 (FP8)."
+        )

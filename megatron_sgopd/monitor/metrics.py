@@ -1,0 +1,156 @@
+"""What a run writes: metrics.jsonl, samples.jsonl, evaluations.jsonl, summary.json, TensorBoard, progress lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_sgopd.config import Settings
+from megatron_sgopd.monitor.output import console
+from megatron_sgopd.rollout.trajectory import Trajectory
+from megatron_sgopd.verify.base import VerifierResult
+
+METRICS, SAMPLES, EVALUATIONS, SUMMARY = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json"
+
+
+class Monitor:
+    """Rank 0 writes files and progress; Megatron's TensorBoard and W&B writers live on the last rank."""
+
+    def __init__(self, settings: Settings, start_step: int, train_steps: int) -> None:
+        """Go on in the run folder after `start_step` steps; later lines of an earlier attempt are dropped."""
+        self._folder = Path(settings.run_dir)
+        self._writes = dist.get_rank() == 0
+        self._start_step, self._train_steps = start_step, train_steps
+        self._seconds = 0.0
+        self._console = console()
+        if self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS, SAMPLES, EVALUATIONS):
+                _keep_until(self._folder / name, start_step)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Record one step; `metrics` is the same on every rank and holds `step` and `seconds`."""
+        self._seconds += metrics["seconds"]
+        _to_megatron_writers(metrics)
+        if self._writes:
+            _append(self._folder / METRICS, metrics)
+            self._console.print(self._progress(metrics))
+
+    def _progress(self, m: dict[str, Any]) -> str:
+        done = m["step"] - self._start_step
+        left = self._seconds / done * (self._train_steps - m["step"])
+        stages = sorted(m["stage_seconds"].items(), key=lambda item: -item[1])
+        return (
+            f"[bold]step {m['step']}/{self._train_steps}[/bold]  loss {m['loss']:+.4f}  pass {m['pass_rate']:.0%}  "
+            f"agree {m['agree']:.0%}  KL {m.get('reverse_kl', 0):.3f}  {m['tokens_per_second']:.0f} tok/s  "
+            f"{m['seconds']:.1f} s ({' '.join(f'{k} {v:.1f}' for k, v in stages[:4])})  "
+            f"left {timedelta(seconds=round(left))}"
+        )
+
+    def samples(self, step: int, checked: Sequence[tuple[Trajectory, str, VerifierResult]], count: int = 3) -> None:
+        """Show and keep some responses with their outcomes."""
+        if not self._writes:
+            return
+        for trajectory, text, result in checked[:count]:
+            line = {
+                "step": step,
+                "prompt": trajectory.prompt.text,
+                "response": text,
+                "answer": trajectory.prompt.answer,
+                "outcome": result.outcome,
+                "reason": result.reason,
+                "extracted": result.extracted,
+            }
+            _append(self._folder / SAMPLES, line)
+            mark = "[green]right[/green]" if result.outcome else f"[red]{escape(result.reason)}[/red]"
+            # repr: a response may hold terminal control sequences.
+            self._console.print(f"  {mark}  {escape(repr(text))}  (answer {escape(trajectory.prompt.answer)})")
+
+    def evaluation(self, name: str, step: int, pass_rate: float, problems: int, samples: int) -> None:
+        """Record a pass rate: `before`, `teacher`, `step` or `after`."""
+        if self._writes:
+            line = {
+                "name": name,
+                "step": step,
+                "pass_rate": pass_rate,
+                "problems": problems,
+                "samples": samples,
+            }
+            _append(self._folder / EVALUATIONS, line)
+            self._console.print(f"[bold]{name}[/bold] pass rate {pass_rate:.1%} (avg@{samples} of {problems} problems)")
+
+    def summary(self) -> None:
+        """Write summary.json from the files of all attempts, and show the table."""
+        if not self._writes:
+            return
+        lines = _read(self._folder / METRICS)
+        stages: dict[str, float] = {}
+        for line in lines:
+            for stage, seconds in line["stage_seconds"].items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+        total = sum(line["seconds"] for line in lines)
+        rates = {line["name"]: line["pass_rate"] for line in _read(self._folder / EVALUATIONS)}
+        summary = {
+            **{name: rates.get(name) for name in ("before", "after", "teacher")},
+            "steps": len(lines),
+            "seconds": total,
+            "stage_seconds": stages,
+            "unexplained_share": 1 - sum(stages.values()) / total,
+        }
+        temporary = self._folder / f"{SUMMARY}.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.rename(self._folder / SUMMARY)
+        self._console.print(_table(summary))
+
+    def note(self, text: str) -> None:
+        """A plain line for the user, from rank 0."""
+        if self._writes:
+            self._console.print(text)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"held-out pass rate after {summary['steps']} steps")
+    for name in ("before", "after", "teacher"):
+        table.add_column(name, justify="right")
+    rates = [summary[name] for name in ("before", "after", "teacher")]
+    table.add_row(*("-" if rate is None else f"{rate:.1%}" for rate in rates))
+    return table
+
+
+def _to_megatron_writers(metrics: dict[str, Any]) -> None:
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if tensorboard is None and wandb is None:
+        return
+    scalars = {f"sgopd/{name}": value for name, value in metrics.items() if isinstance(value, (int, float))}
+    scalars |= {f"sgopd/seconds/{stage}": value for stage, value in metrics["stage_seconds"].items()}
+    if tensorboard is not None:
+        for name, value in scalars.items():
+            tensorboard.add_scalar(name, value, metrics["step"])
+    if wandb is not None:
+        wandb.log(scalars, metrics["step"])
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of steps after `step`, which this attempt will do again."""
+    kept = [line for line in _read(path) if line["step"] <= step and step > 0]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.rename(path)

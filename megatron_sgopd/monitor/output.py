@@ -1,0 +1,57 @@
+"""Where a rank's output goes: progress to the terminal, third-party noise to a file, errors to both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_sgopd.errors import Alarm, ConfigError
+
+LOGS = "logs"
+_terminal: int | None = None
+
+
+def console() -> Console:
+    """The user's terminal, also where this process's own stdout goes to a file."""
+    stream = sys.stdout if _terminal is None else os.fdopen(os.dup(_terminal), "w")
+    return Console(file=stream, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Result:
+    """How a rank ended."""
+
+    code: int = 0
+
+
+@contextlib.contextmanager
+def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
+    """Run a rank's work with its output in RUN_DIR/logs/rank-N.log if `quiet`.
+
+    What goes wrong is also written to rank-N.error, for the launcher, and to the terminal: an error of the
+    user's input or an alarm as its message alone, anything else with its traceback.
+    """
+    global _terminal
+    rank = os.environ.get("RANK", "0")
+    logs = Path(run_dir) / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    if quiet:
+        _terminal = os.dup(1)
+        with (logs / f"rank-{rank}.log").open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+    result = Result()
+    try:
+        yield result
+    except Exception as error:
+        result.code = {ConfigError: 2, Alarm: 3}.get(type(error), 1)
+        message = traceback.format_exc() if result.code == 1 else str(error)
+        traceback.print_exc()
+        (logs / f"rank-{rank}.error").write_text(message)

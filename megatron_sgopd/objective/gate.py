@@ -1,0 +1,43 @@
+"""The sign-consistency gate: does the teacher's preference for a token have the sign of the outcome?"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sgopd.objective.methods import Method
+
+CONFLICT, NEUTRAL, AGREE = 0, 1, 2
+
+
+def gate(delta_T: torch.Tensor, outcome_advantage_T: torch.Tensor, noise_floor: float) -> torch.Tensor:
+    """int64 [T] of CONFLICT, NEUTRAL and AGREE.
+
+    agree if o delta > 0 and |delta| > tau; neutral if |delta| <= tau; conflict otherwise, o = 0 included.
+
+    Args:
+        delta_T: q_t - s_t in nats; positive where the teacher wants the token up.
+        outcome_advantage_T: o_i of each token's response.
+        noise_floor: tau in nats.
+    """
+    # Signs, not a product: that of two small numbers can underflow to 0.
+    same_sign_T = torch.sign(delta_T) * torch.sign(outcome_advantage_T) > 0
+    classes_T = torch.where(same_sign_T, AGREE, CONFLICT)
+    return torch.where(delta_T.abs() <= noise_floor, NEUTRAL, classes_T)
+
+
+def by_class(
+    classes_T: torch.Tensor, conflict: float, neutral: float, agree: float, like: torch.Tensor
+) -> torch.Tensor:
+    """[T] in the dtype of `like`: the number that belongs to each token's class."""
+    return like.new_tensor([conflict, neutral, agree])[classes_T]
+
+
+def kappa(classes_T: torch.Tensor, method: Method, like: torch.Tensor) -> torch.Tensor:
+    """lambda on agree, beta on conflict, 1 on neutral."""
+    return by_class(classes_T, method.conflict_coefficient, 1.0, method.agree_coefficient, like)
+
+
+def eta(classes_T: torch.Tensor, method: Method, like: torch.Tensor) -> torch.Tensor:
+    """eta_agree on agree, eta_conflict on conflict and neutral."""
+    other = method.conflict_outcome_weight
+    return by_class(classes_T, other, other, method.agree_outcome_weight, like)

@@ -1,0 +1,245 @@
+"""Megatron-Core and vLLM on CPUs: gloo for NCCL, host memory for device memory, torch's own attention.
+
+Megatron names the device `cuda` in many places and offers no switch. Everything that stands in for it is
+here, one line of reason each, and is installed only when the CPU platform was selected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_sgopd.platform.base import Platform
+
+CPU = torch.device("cpu")
+
+
+class CpuPlatform(Platform):
+    """One or several processes on CPU cores."""
+
+    name = "cpu"
+    environment: ClassVar[dict[str, str]] = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asserts it with tensor parallelism
+        "TORCHDYNAMO_DISABLE": "1",  # torch.compile inside vLLM's sampler fails under the device redirection
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process and its weights
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks of one machine must not be bound to the same cores
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; read at import, replaced by the exact size in engine_options
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    megatron_flags = (
+        "--distributed-backend=gloo",
+        "--transformer-impl=local",
+        "--use-cpu-initialization",
+        "--no-gradient-accumulation-fusion",
+        "--no-bias-swiglu-fusion",
+        "--no-bias-dropout-fusion",
+        "--no-rope-fusion",
+        "--no-masked-softmax-fusion",
+        "--no-persist-layer-norm",
+        "--attention-backend=unfused",
+    )
+
+    def install(self) -> None:
+        for key, value in self.environment.items():
+            os.environ.setdefault(key, value)
+        _redirect_devices()
+        _replace_cuda_runtime()
+        _adapt_megatron()
+
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
+    def layer_spec(self, config: Any) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        spec.submodules.self_attention.submodules.core_attention = _sdpa_attention_class()
+        return spec
+
+    def packed_attention(self, segment_ids_BS: torch.Tensor) -> dict[str, Any]:
+        length = segment_ids_BS.shape[1]
+        same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+        causal_SS = torch.ones(length, length, dtype=torch.bool).tril_()
+        return {"attention_mask": ~(same_BSS & causal_SS)[:, None], "packed_seq_params": None}
+
+    def engine_options(self, memory_fraction: float, cache_bytes: int) -> dict[str, Any]:
+        return {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": cache_bytes,
+            "dtype": "float32",
+            # A seeded request whose prompt is prefilled in pieces rewinds its generator: CUDA generators only.
+            "enable_chunked_prefill": False,
+        }
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Megatron creates and moves tensors with device="cuda"; here that is host memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and (isinstance(device, int) or str(device).startswith("cuda")):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _names_cuda(value: Any) -> bool:
+    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+
+
+def _redirect_devices() -> None:
+    _CudaMeansCpu().__enter__()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]  # already in place
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]  # likewise
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]  # no streams
+
+    # Megatron compares Tensor.type() with CUDA names; torch dispatches the method to its patched self again.
+    original_type = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name_or_tensor = original_type(self, *args, **kwargs)
+        if not isinstance(name_or_tensor, str) or ".cuda." in name_or_tensor:
+            return name_or_tensor
+        return name_or_tensor.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
+
+
+class _Stream:
+    """CPU work is synchronous: a stream or event has nothing to wait for."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_cuda_runtime() -> None:
+    stream = _Stream()
+
+    # Every entry is a function of its own: torch._dynamo keeps rules by identity and refuses duplicates.
+    def nothing() -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def resident_bytes() -> Callable[..., int]:
+        return lambda *args, **kwargs: psutil.Process().memory_info().rss
+
+    replacements: dict[str, Any] = {
+        # The "device" of a rank.
+        "current_device": lambda: CPU,
+        "set_device": nothing(),
+        "is_available": lambda: False,  # torch itself would conclude from device_count that there is a GPU
+        "device_count": lambda: 1,  # Megatron builds its process groups only where there is a device
+        "get_device_properties": lambda *args: SimpleNamespace(
+            total_memory=psutil.virtual_memory().total, multi_processor_count=1, name="cpu", major=0, minor=0
+        ),
+        "get_device_capability": lambda *args: (0, 0),
+        # Streams and synchronization: nothing runs behind our back.
+        "synchronize": nothing(),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *device: stream,
+        "set_stream": nothing(),
+        "stream": lambda *args: contextlib.nullcontext(),
+        # Memory reports speak of this process.
+        "empty_cache": nothing(),
+        "memory_allocated": resident_bytes(),
+        "max_memory_allocated": resident_bytes(),
+        "memory_reserved": resident_bytes(),
+        "max_memory_reserved": resident_bytes(),
+        "memory_stats": lambda *args, **kwargs: {
+            "allocated_bytes.all.current": psutil.Process().memory_info().rss,
+            "allocated_bytes.all.peak": psutil.Process().memory_info().rss,
+            "allocation.all.current": 0,
+        },
+        "reset_peak_memory_stats": nothing(),
+        # The generator that Megatron seeds, forks and saves.
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        # Tensor constructors that predate device=.
+        "FloatTensor": torch.FloatTensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+        "ByteTensor": torch.ByteTensor,
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+
+
+def _adapt_megatron() -> None:
+    import megatron.core.tensor_parallel.random as tensor_parallel_random
+
+    # These reach into the CUDA generator object itself.
+    tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    import megatron.training.training as training
+
+    initialize_megatron = training.initialize_megatron
+
+    @functools.wraps(initialize_megatron)
+    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
+        return initialize_megatron(*args, allow_no_cuda=True, **kwargs)
+
+    training.initialize_megatron = initialize_without_cuda  # its own switch, which pretrain() does not pass on
+
+
+def _sdpa_attention_class() -> type:
+    """Torch's attention kernel in the place of Megatron's unfused one, which writes out all scores."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    class SdpaAttention(DotProductAttention):
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """[S, B, heads, head_dim] each -> [S, B, heads * head_dim]; True in the mask hides a position."""
+            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            context = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                is_causal=attention_mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+            return context.permute(2, 0, 1, 3).flatten(2)
+
+    return SdpaAttention

@@ -1,0 +1,74 @@
+"""torchrun --nproc-per-node N -m megatron_sgopd.pretrain <Megatron flags> --sgopd-model-path DIR --sgopd-teacher-path DIR …
+
+A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE` starts this one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megatron_sgopd import register
+from megatron_sgopd.monitor.output import reporting_errors
+
+
+def main() -> int:
+    """Parse Megatron's and the plugin's flags, and train."""
+    settings = register()
+    with reporting_errors(settings.run_dir, settings.logging.quiet) as result:
+        from megatron.core.enums import ModelType
+        from megatron.training import pretrain
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
+
+        from megatron_sgopd.models.architecture import read_architecture
+
+        architecture = read_architecture(settings.model.path)
+        args = parse_and_validate_args()
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            _no_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step_func=None,  # the plugin brings its own
+            model_provider=_model_provider(architecture),
+        )
+    return result.code
+
+
+def _no_datasets(num_samples: Any) -> tuple[Any, None, None]:
+    """Megatron trains only where it has an iterator; the plugin feeds it from rollouts."""
+    return iter(()), None, None
+
+
+_no_datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron's mark: build on every rank
+
+
+def _model_provider(architecture: Any) -> Any:
+    def provider(
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        from megatron.training import get_args
+        from megatron.training.argument_utils import core_transformer_config_from_args
+
+        from megatron_sgopd.models.provider import build_model
+
+        args = get_args()
+        return build_model(
+            architecture,
+            config or core_transformer_config_from_args(args),
+            pg_collection,
+            pre_process,
+            post_process,
+            args.padded_vocab_size,
+            vp_stage,
+        )
+
+    return provider
+
+
+if __name__ == "__main__":
+    sys.exit(main())

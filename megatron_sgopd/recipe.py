@@ -1,0 +1,211 @@
+"""A YAML recipe: read, checked, and turned into Megatron's command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout
+from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.monitor.metrics import METRICS
+from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
+
+RESOLVED = "recipe.yaml"
+_FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "platform"})
+_PLUGIN = "(the plugin)"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `section.key=value` overrides, and check every setting by itself.
+
+    Paths of models and data are taken relative to the current folder. `run_dir` defaults to `runs/` and the
+    name of the recipe's folder or file.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, unknown setting, value out of range.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} must hold sections such as `model:` and `train:`, not {values!r}")
+    for override in overrides:
+        _apply(values, override)
+    values.setdefault("run_dir", f"runs/{path.parent.name if path.stem == 'recipe' else path.stem}")
+    return build(Recipe, values, str(path))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+    values[last] = yaml.safe_load(text)
+
+
+def check_recipe(recipe: Recipe) -> Inputs:
+    """All checks of a recipe that need no model: inputs, layout, flags, run folder, disk.
+
+    Raises:
+        ConfigError: the first that fails.
+    """
+    from megatron_sgopd.models.weights import parameter_count
+
+    check_run_dir(recipe)
+    inputs = check_inputs(recipe, recipe.train.row_tokens)
+    check_layout(recipe, inputs.student, inputs.teacher)
+    megatron_arguments(recipe, inputs)
+    check_disk(Path(recipe.run_dir), parameter_count(inputs.student), recipe.train.precision)
+    return inputs
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """A run folder belongs to one recipe: going on in it with other settings is refused.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+    """
+    path = Path(recipe.run_dir) / RESOLVED
+    trained = any((path.parent / name).exists() for name in ("checkpoints", METRICS))
+    if not (trained and path.is_file()):
+        return
+    earlier, now = (_flat(values) for values in (yaml.safe_load(path.read_text()), as_dict(recipe)))
+    different = sorted(
+        key
+        for key in earlier.keys() | now.keys()
+        if earlier.get(key) != now.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
+    )
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"run folder {recipe.run_dir} belongs to a run with {key}={earlier.get(key)!r}, not {now.get(key)!r}"
+            + (f" (and {len(different) - 1} more differences)" if len(different) > 1 else "")
+            + ": choose another run_dir, or remove the folder"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def write_resolved(recipe: Recipe) -> None:
+    """Keep the recipe with all its defaults in the run folder."""
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{RESOLVED}.tmp"
+    temporary.write_text(resolved_text(recipe))
+    temporary.rename(folder / RESOLVED)
+
+
+def resolved_text(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included."""
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False)
+
+
+def megatron_arguments(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """The command line of `megatron_sgopd.pretrain`: Megatron's flags, then the plugin's.
+
+    Raises:
+        ConfigError: a flag of the `megatron` section is set by the recipe or the plugin already.
+    """
+    owned = {name: (value, "model.path") for name, value in _as_mapping(megatron_flags(inputs.student)).items()}
+    owned["padded-vocab-size"] = (padded_vocab_size(inputs.student, recipe.parallel.tensor), "model.path")
+    owned |= _recipe_flags(recipe)
+    for name, value in recipe.megatron.items():
+        flag = name.removeprefix("--").replace("_", "-")
+        if flag in owned and value != owned[flag][0]:
+            raise ConfigError(
+                f"megatron.{name}={value!r} contradicts {owned[flag][1]}, which sets --{flag} to {owned[flag][0]!r}: "
+                f"remove it" + ("" if owned[flag][1] == _PLUGIN else f" and change {owned[flag][1]} instead")
+            )
+    flags = {name: value for name, (value, _) in owned.items()}
+    flags |= {name.removeprefix("--").replace("_", "-"): value for name, value in recipe.megatron.items()}
+    return [*_command_line(flags), *settings_flags(recipe)]
+
+
+def _as_mapping(flags: Sequence[str]) -> dict[str, Any]:
+    """`["--swiglu", "--lr", "1"]` -> `{"swiglu": True, "lr": "1"}`."""
+    mapping: dict[str, Any] = {}
+    for flag, following in zip(flags, [*flags[1:], "--"], strict=True):
+        if flag.startswith("--"):
+            mapping[flag.removeprefix("--")] = True if following.startswith("--") else following
+    return mapping
+
+
+def _command_line(flags: dict[str, Any]) -> list[str]:
+    """False and None leave a flag out, True gives it alone, a list gives it several values."""
+    arguments = []
+    for name, value in flags.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def _recipe_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+    """Megatron flag -> its value and the setting that it comes from."""
+    train, parallel, rollout = recipe.train, recipe.parallel, recipe.rollout
+    run_dir = Path(recipe.run_dir)
+    checkpoints = str(run_dir / "checkpoints")
+    tensorboard = str(run_dir / "tensorboard") if recipe.logging.tensorboard else None
+    return {
+        "tensor-model-parallel-size": (parallel.tensor, "parallel.tensor"),
+        "pipeline-model-parallel-size": (parallel.pipeline, "parallel.pipeline"),
+        "sequence-parallel": (parallel.sequence, "parallel.sequence"),
+        "context-parallel-size": (1, _PLUGIN),
+        "seq-length": (train.row_tokens, "train.row_tokens"),
+        "micro-batch-size": (train.rows_per_microbatch, "train.rows_per_microbatch"),
+        "global-batch-size": (rollout.prompts_per_step * rollout.group_size, "rollout.group_size"),
+        "train-iters": (train.steps, "train.steps"),
+        "lr": (train.learning_rate, "train.learning_rate"),
+        "min-lr": (train.min_learning_rate, "train.min_learning_rate"),
+        "lr-decay-style": (train.schedule, "train.schedule"),
+        "lr-warmup-iters": (train.warmup_steps, "train.warmup_steps"),
+        "weight-decay": (train.weight_decay, "train.weight_decay"),
+        "adam-beta1": (train.adam_beta1, "train.adam_beta1"),
+        "adam-beta2": (train.adam_beta2, "train.adam_beta2"),
+        "clip-grad": (train.clip_grad, "train.clip_grad"),
+        "seed": (train.seed, "train.seed"),
+        "bf16": (train.precision == "bf16", "train.precision"),
+        "fp16": (False, "train.precision"),
+        "save": (checkpoints, "run_dir"),
+        "load": (checkpoints, "run_dir"),
+        "save-interval": (recipe.checkpoint.every or train.steps, "checkpoint.every"),
+        "ckpt-format": ("torch_dist", _PLUGIN),
+        "tensorboard-dir": (tensorboard, "logging.tensorboard"),
+        "log-interval": (1, _PLUGIN),
+        "eval-iters": (0, _PLUGIN),
+        "eval-interval": (train.steps, _PLUGIN),
+        "dataloader-type": ("external", _PLUGIN),
+        "calculate-per-token-loss": (True, _PLUGIN),
+        "tokenizer-type": ("NullTokenizer", _PLUGIN),
+        "rerun-mode": ("disabled", _PLUGIN),  # it would keep every microbatch of a step
+    }
+
+
+def as_command(arguments: Sequence[str], ranks: int) -> str:
+    """The launch command for a terminal."""
+    import shlex
+
+    launcher = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "megatron_sgopd.pretrain"]
+    return " \\\n  ".join([shlex.join(launcher), *(shlex.quote(argument) for argument in arguments)])

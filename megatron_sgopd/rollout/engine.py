@@ -1,0 +1,107 @@
+"""vLLM inside the training processes: generation with the student's current weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sgopd.config import RolloutSettings
+from megatron_sgopd.platform import current
+from megatron_sgopd.rollout.prompts import Prompt
+from megatron_sgopd.rollout.trajectory import Trajectory, gather_trajectories, sampling_seed
+
+
+class RolloutEngine:
+    """One vLLM replica for every `tensor_parallel` consecutive ranks, on the ranks' own devices.
+
+    All ranks call every method together. Log-probs that it reports are those of the distribution that was
+    sampled from: after the temperature, over the whole vocabulary.
+    """
+
+    def __init__(self, folder: str | Path, settings: RolloutSettings, max_tokens: int, seed: int) -> None:
+        """Load the model in `folder` (Hugging Face format); prompt and response share `max_tokens`."""
+        from vllm import LLM
+
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self._replicas = world_size // settings.tensor_parallel
+        self._replica = rank // settings.tensor_parallel
+        self._contributes = rank % settings.tensor_parallel == 0
+        self._max_new_tokens = settings.max_new_tokens
+        self.weight_version = 0
+        self._llm = LLM(
+            model=str(folder),
+            tensor_parallel_size=settings.tensor_parallel,
+            data_parallel_size=self._replicas,
+            distributed_executor_backend="external_launcher",
+            max_model_len=max_tokens,
+            logprobs_mode="processed_logprobs",
+            trust_remote_code=False,
+            seed=seed & 0x7FFFFFFF,
+            **current().engine_options(settings.memory_fraction, int(settings.cache_gib * 2**30)),
+        )
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, temperature: float, run_seed: int, step: int
+    ) -> list[Trajectory]:
+        """Sample `samples` responses for each prompt; every rank gets all of them, in order."""
+        from vllm import SamplingParams, TokensPrompt
+
+        mine = prompts[self._replica :: self._replicas]
+        requests = [(prompt, sample) for prompt in mine for sample in range(samples)]
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _ in requests],
+            [
+                SamplingParams(
+                    temperature=temperature,
+                    max_tokens=self._max_new_tokens,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    seed=sampling_seed(run_seed, step, prompt.id, sample),
+                )
+                for prompt, sample in requests
+            ],
+            use_tqdm=False,
+        )
+        local = []
+        for (prompt, sample), output in zip(requests, outputs, strict=True):
+            (completion,) = output.outputs
+            local.append(
+                Trajectory(
+                    prompt,
+                    sample,
+                    tuple(completion.token_ids),
+                    tuple(completion.logprobs.logprobs),
+                    truncated=completion.finish_reason == "length",
+                )
+            )
+        return gather_trajectories(local, prompts, samples, self._contributes)
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replace the engine's weights by full tensors under their Hugging Face names."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.reset_prefix_cache()
+        self.weight_version += 1
+
+    def sleep(self) -> None:
+        """Give the device's memory to training (a no-op where the platform has no sleep mode)."""
+        if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+            self._llm.sleep(level=2)
+
+    def wake(self, tags: list[str]) -> None:
+        """Take memory back: `weights` before a sync, `kv_cache` before generating."""
+        if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+            self._llm.wake_up(tags=tags)
+
+    def close(self) -> None:
+        """Release the engine's memory; the process may build another engine afterwards."""
+        # vLLM's shutdown, which is also its finalizer, would destroy the default process group: Megatron's.
+        self._llm.llm_engine.engine_core._finalizer.detach()
+        del self._llm
+        gc.unfreeze()  # vLLM froze what it had built
+        gc.collect()

@@ -1,0 +1,87 @@
+"""Trajectories: what was sampled for a step, and how ranks share it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_sgopd.rollout.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One response to a prompt."""
+
+    prompt: Prompt
+    sample: int
+    """Which of the prompt's G responses this is."""
+    token_ids: tuple[int, ...]
+    """Response tokens, the end-of-sequence token included where there is one."""
+    behaviour_logprobs: tuple[float, ...]
+    """b_t in nats: log-prob of each token under the policy that sampled it, at the sampling temperature."""
+    truncated: bool
+    """Cut off at the length limit, before an end-of-sequence token."""
+
+
+def sampling_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
+    """Seed of one response, so that what is generated depends on neither batching nor layout."""
+    text = f"{run_seed}/{step}/{prompt_id}/{sample}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def gather_trajectories(
+    local: Sequence[Trajectory], prompts: Sequence[Prompt], group_size: int, contributes: bool
+) -> list[Trajectory]:
+    """All ranks' trajectories on every rank, ordered by prompt and sample.
+
+    Args:
+        local: what this rank generated, `group_size` for each of some of the prompts.
+        prompts: all prompts of the step, the same list on every rank.
+        contributes: False on ranks that only repeat another rank's trajectories.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return _in_order(local, prompts)
+    index = {prompt.id: i for i, prompt in enumerate(prompts)}
+    mine = local if contributes else ()
+    header = torch.tensor(
+        [[index[t.prompt.id], t.sample, len(t.token_ids), t.truncated] for t in mine], dtype=torch.int64
+    ).reshape(-1, 4)
+    tokens = torch.tensor([token for t in mine for token in t.token_ids], dtype=torch.int64)
+    logprobs = torch.tensor([b for t in mine for b in t.behaviour_logprobs], dtype=torch.float64)
+    gathered = zip(*(_all_gather_ragged(tensor) for tensor in (header, tokens, logprobs)), strict=True)
+    trajectories = []
+    for header, tokens, logprobs in gathered:
+        lengths = header[:, 2].tolist()
+        for (prompt, sample, _, truncated), t, b in zip(
+            header.tolist(), tokens.split(lengths), logprobs.split(lengths), strict=True
+        ):
+            trajectories.append(
+                Trajectory(prompts[prompt], sample, tuple(t.tolist()), tuple(b.tolist()), bool(truncated))
+            )
+    assert len(trajectories) == len(prompts) * group_size
+    return _in_order(trajectories, prompts)
+
+
+def _in_order(trajectories: Sequence[Trajectory], prompts: Sequence[Prompt]) -> list[Trajectory]:
+    index = {prompt.id: i for i, prompt in enumerate(prompts)}
+    return sorted(trajectories, key=lambda t: (index[t.prompt.id], t.sample))
+
+
+def _all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of different first sizes from all ranks."""
+    from megatron_sgopd.platform import current
+
+    device = current().device
+    size = torch.tensor([tensor.shape[0]], device=device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = int(max(sizes))
+    padded = torch.zeros((longest, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+    padded[: tensor.shape[0]] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[: int(n)].cpu() for part, n in zip(parts, sizes, strict=True)]

@@ -1,0 +1,40 @@
+"""Student weights from the trainer's shards into the rollout engine, proven to have arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megatron_sgopd.errors import Alarm
+from megatron_sgopd.models.weights import tensor_digest
+from megatron_sgopd.rollout.engine import RolloutEngine
+
+
+def sync_weights(
+    engine: RolloutEngine, weights: Iterator[tuple[str, torch.Tensor]], digests: Mapping[str, int]
+) -> None:
+    """Load `weights` into the engine and compare each tensor, as the engine took it, with its digest.
+
+    Args:
+        weights: full tensors under Hugging Face names, streamed in bounded buckets.
+        digests: what the trainer's shards hold, computed in place before anything was sent.
+
+    Raises:
+        Alarm: a tensor is missing, unknown, or differs from the trainer's.
+    """
+    received: dict[str, int] = {}
+
+    def checked() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            received[name] = tensor_digest(tensor)
+            yield name, tensor
+
+    engine.load_weights(checked())
+    wrong = sorted(name for name in digests.keys() | received.keys() if digests.get(name) != received.get(name))
+    if wrong:
+        raise Alarm(
+            f"weight sync {engine.weight_version}: {len(wrong)} of {len(digests)} tensors in the rollout engine "
+            f"are not those of the trainer, first {wrong[0]!r}: rollouts would come from a wrong policy. "
+            "Check the interconnect and the model's entry in the weight table."
+        )

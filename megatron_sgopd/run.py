@@ -1,0 +1,217 @@
+"""What a run needs besides Megatron's own objects: built once, when the first step starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sgopd.checks import Inputs, check_inputs
+from megatron_sgopd.config import Settings
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.evaluate import pass_rate
+from megatron_sgopd.models.microbatch import unwrapped
+from megatron_sgopd.models.policy import PolicyStep, Student
+from megatron_sgopd.models.provider import check_model, set_rotary_frequencies
+from megatron_sgopd.models.scorer import Scorer
+from megatron_sgopd.models.weights import load_weights
+from megatron_sgopd.monitor.alarms import check_metrics
+from megatron_sgopd.monitor.clock import Clock
+from megatron_sgopd.monitor.metrics import Monitor
+from megatron_sgopd.objective.methods import Method
+from megatron_sgopd.rollout.engine import RolloutEngine
+from megatron_sgopd.rollout.prompts import Prompt, PromptStream
+from megatron_sgopd.rollout.recording import Recording
+from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
+from megatron_sgopd.verify.stage import Verification
+
+
+@dataclass
+class Run:
+    """Models, engine, prompts and monitors of this process."""
+
+    settings: Settings
+    method: Method
+    student: Student
+    teacher: Scorer | None
+    reference: Scorer | None
+    engine: RolloutEngine | None
+    """None where recorded batches are replayed: then nothing is generated or evaluated."""
+    verification: Verification
+    inputs: Inputs
+    recording: Recording
+    monitor: Monitor
+    clock: Clock
+    seed: int
+    row_tokens: int
+    rows_per_microbatch: int
+    truncated_history: list[bool] = field(default_factory=list)
+
+    saves: bool = False
+    """Megatron saves a checkpoint after the step that was just trained."""
+
+    def before_training(self, step: int) -> tuple[Batch, PolicyStep]:
+        """The stages up to the optimizer step."""
+        if self.saves:
+            self.clock.add("save", self.clock.since_lap())
+        batch = prepare(self, step)
+        tokens, outcomes_T = signals(self, batch)
+        settings = self.settings
+        policy = PolicyStep(
+            self.student,
+            tokens,
+            outcomes_T,
+            self.method,
+            settings.rollout.temperature,
+            settings.sgopd.logprob_chunk_tokens,
+        )
+        return batch, policy
+
+    def after_training(self, batch: Batch, policy: PolicyStep, grad_norm: float, last: bool) -> None:
+        """Records, alarms and evaluations of the step that was just trained."""
+        done = batch.step + 1
+        with self.clock("record"):
+            metrics = policy.metrics() | batch_metrics(batch) | self.verification.faults
+            metrics |= {
+                "grad_norm": float(grad_norm),
+                "teacher_forwards": self.teacher.forwards if self.teacher else 0,
+                "reference_forwards": self.reference.forwards if self.reference else 0,
+                "weight_version": self.engine.weight_version if self.engine else 0,
+            }
+            check_metrics(self.settings.alarms, batch.step, metrics)
+            self.recording.save(batch, policy.gather_student_logprobs)
+        every = self.settings.evaluate.every
+        if last or (every and done % every == 0):
+            self.evaluate("after" if last else "step", done)
+        stages, seconds = self.clock.lap()
+        metrics |= {
+            "step": done,
+            "seconds": seconds,
+            "stage_seconds": stages,
+            "unexplained_share": 1 - sum(stages.values()) / seconds,
+            "tokens_per_second": metrics["response_tokens"] / seconds,
+        }
+        self.monitor.step(metrics)
+        every = self.settings.logging.samples_every
+        if every and batch.step % every == 0:
+            self.monitor.samples(done, self.verification.checked)
+        if last:
+            self.monitor.summary()
+            self.verification.close()
+
+    def evaluate(self, name: str, step: int) -> None:
+        """Pass rate of the student as it is now, if there are held-out prompts and an engine."""
+        if self.engine is None or not self.inputs.heldout:
+            return
+        sync(self)
+        with self.clock("evaluate"):
+            settings = self.settings.evaluate
+            self.engine.wake(["kv_cache"])
+            rate = pass_rate(self.engine, self.verification, self.inputs.heldout, settings, self.seed)
+            self.engine.sleep()
+        self.monitor.evaluation(name, step, rate, len(self.inputs.heldout), settings.samples)
+
+    @property
+    def scorers(self) -> list[Scorer]:
+        """Teacher and reference, as far as the method needs them."""
+        return [scorer for scorer in (self.teacher, self.reference) if scorer is not None]
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step: a function of seed and step alone, so that resuming needs nothing else."""
+        size = self.settings.rollout.prompts_per_step
+        stream = PromptStream(self.inputs.train, self.seed)
+        stream.seek(step * size)
+        return stream.next(size)
+
+
+def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
+    """Load the student's weights into Megatron's fresh model, and build everything around it.
+
+    Args:
+        args: Megatron's parsed arguments; `args.iteration` > 0 means that a checkpoint was loaded.
+
+    Raises:
+        ConfigError: something does not fit, found before the expensive parts are built where possible.
+    """
+    clock = Clock()
+    inputs = check_inputs(settings, args.seq_length)
+    _check_arguments(settings, args, model)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    student = Student(unwrapped(model[0]), inputs.student, groups)
+    set_rotary_frequencies(student.model, inputs.student)
+    check_model(student.model, inputs.student)
+    if args.iteration == 0:
+        load_weights(student.model, inputs.student, groups.tp)
+        optimizer.reload_model_params()
+    method, rollout = inputs.method, settings.rollout
+
+    def scorer(architecture: Any, tensor: int, pipeline: int) -> Scorer:
+        return Scorer(
+            architecture,
+            student.model.config,
+            tensor,
+            pipeline,
+            settings.teacher.offload,
+            args.micro_batch_size,
+            settings.sgopd.logprob_chunk_tokens,
+        )
+
+    tensor, pipeline = groups.tp.size(), groups.pp.size()
+    teacher_tensor = settings.teacher.tensor_parallel or tensor
+    teacher_pipeline = settings.teacher.pipeline_parallel or pipeline
+    monitor = Monitor(settings, args.iteration, args.train_iters)
+    verification = Verification(settings.verify, inputs.tokenizer)
+    if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:
+        _evaluate_teacher(settings, args, inputs, verification, monitor)
+    run = Run(
+        settings,
+        method,
+        student,
+        scorer(inputs.teacher, teacher_tensor, teacher_pipeline) if method.teacher else None,
+        scorer(inputs.student, tensor, pipeline) if method.reference == "initial" else None,
+        None if settings.logging.replay else RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed),
+        verification,
+        inputs,
+        Recording(settings.logging.replay, settings.logging.record),
+        monitor,
+        clock,
+        args.seed,
+        args.seq_length,
+        args.micro_batch_size,
+    )
+    monitor.note(f"models and engine are ready after {clock.since_lap():.0f} s")
+    if args.iteration == 0:
+        run.evaluate("before", 0)
+    clock.lap()
+    return run
+
+
+def _evaluate_teacher(
+    settings: Settings, args: Any, inputs: Inputs, verification: Verification, monitor: Monitor
+) -> None:
+    engine = RolloutEngine(settings.teacher.path, settings.rollout, args.seq_length, args.seed)
+    rate = pass_rate(engine, verification, inputs.heldout, settings.evaluate, args.seed)
+    monitor.evaluation("teacher", 0, rate, len(inputs.heldout), settings.evaluate.samples)
+    engine.close()
+
+
+def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
+    """What a user's own Megatron command line must say for the plugin to work."""
+    responses = settings.rollout.prompts_per_step * settings.rollout.group_size
+    problems = [
+        (len(model) > 1, "--num-layers-per-virtual-pipeline-stage is not supported: leave it out"),
+        (args.context_parallel_size > 1, "--context-parallel-size must be 1: packed rows are not split yet"),
+        (
+            not args.calculate_per_token_loss,
+            "--calculate-per-token-loss is needed: the loss is a mean over tokens",
+        ),
+        (
+            args.global_batch_size != responses,
+            f"--global-batch-size is {args.global_batch_size}, but a step has {responses} responses "
+            "(rollout.prompts_per_step x rollout.group_size): make them equal",
+        ),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ConfigError(message)

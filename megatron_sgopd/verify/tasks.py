@@ -1,0 +1,45 @@
+"""reasoning-gym's own scorers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from reasoning_gym import get_score_answer_fn
+from reasoning_gym.factory import DATASETS
+
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.verify.base import MAX_ANSWER, VerifierResult, VerifyRequest, extract_answer, judged
+
+_EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
+
+
+def verify(request: VerifyRequest) -> VerifierResult:
+    """Right if the task's scorer gives full marks: its partial marks are for form, not for being half right."""
+    extracted = extract_answer(request.response)
+    if extracted is None:
+        return VerifierResult(0, None, "no answer")
+    if len(extracted) > MAX_ANSWER:
+        return VerifierResult(0, extracted[:80], "too long")
+    entry = {"question": request.prompt, "answer": request.answer, "metadata": request.metadata}
+    return judged(scorer(request.task)(extracted, entry) >= 1.0 - 1e-9, extracted)
+
+
+@cache
+def scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+    """The task's scoring function.
+
+    Raises:
+        ConfigError: no such task, or a scorer that would evaluate the answer as code.
+    """
+    if task not in DATASETS:
+        raise ConfigError(f"verify.verifier 'task' needs prompts of a reasoning-gym task, not of {task!r}: use math")
+    if _EVALUATES.search(inspect.getsource(DATASETS[task][0].score_answer)):
+        raise ConfigError(
+            f"reasoning-gym's scorer of {task!r} evaluates the answer as Python code, which model output must never "
+            "be: choose another task, or give a verifier of your own as import.path:function"
+        )
+    return get_score_answer_fn(task)

@@ -1,0 +1,42 @@
+"""The places where the rollout engine touches vLLM still have the shape that it relies on."""
+
+import inspect
+
+from megatron_sgopd.platform import select
+
+select("cpu")
+
+import vllm  # noqa: E402
+from vllm.v1.engine.core import EngineCore  # noqa: E402
+from vllm.v1.engine.core_client import InprocClient  # noqa: E402
+from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
+
+
+def test_sampling_parameters_have_seeds_and_flat_logprobs():
+    parameters = vllm.SamplingParams(seed=1, logprobs=0, flat_logprobs=True, detokenize=False)
+    assert parameters.seed == 1 and parameters.flat_logprobs
+
+
+def test_the_engine_takes_a_log_prob_mode_and_an_external_launcher():
+    fields = vllm.EngineArgs.__dataclass_fields__
+    assert {"logprobs_mode", "distributed_executor_backend", "data_parallel_size", "kv_cache_memory_bytes"} <= set(
+        fields
+    )
+    assert (
+        "processed_logprobs" in str(fields["logprobs_mode"].type) or fields["logprobs_mode"].default == "raw_logprobs"
+    )
+
+
+def test_weights_are_reloaded_from_an_iterator():
+    assert (
+        "weights_iterator" in inspect.getsource(Worker.reload_weights)
+        or "kwargs" in inspect.signature(Worker.reload_weights).parameters
+    )
+
+
+def test_shutdown_destroys_the_default_process_group_so_its_finalizer_is_detached():
+    # Once vLLM leaves the group alone, RolloutEngine.close() can call shutdown() instead.
+    assert "cleanup_dist_env_and_memory()" in inspect.getsource(EngineCore.shutdown)
+    assert "self._finalizer = weakref.finalize(self, self.engine_core.shutdown)" in inspect.getsource(
+        InprocClient.__init__
+    )

@@ -1,0 +1,92 @@
+"""Real training runs, each made once and looked at by several tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
+STUDENT = REPOSITORY / "examples/arithmetic_cpu/models/student"
+TEACHER = REPOSITORY / "examples/arithmetic_cpu/models/teacher"
+
+# Small enough for seconds a step; samples are as noisy as they like, numbers must agree all the same.
+SMALL = {
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 64,
+    "rollout.cache_gib": 0.1,
+    "train.row_tokens": 128,
+    "train.rows_per_microbatch": 2,
+    "train.learning_rate": 3e-4,
+    "train.warmup_steps": 0,
+    "data.train.size": 200,
+    "data.heldout.size": 8,
+    "evaluate.samples": 2,
+    "evaluate.teacher": False,
+    "logging.samples_every": 2,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
+
+    folder: Path
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def recorded(self, step: int) -> dict[str, Any]:
+        """Tensors of a recorded step, in the order of trajectories."""
+        return load_file(self.folder / f"recorded/step_{step:06d}.safetensors")
+
+    def recorded_text(self, step: int) -> dict[str, Any]:
+        return json.loads((self.folder / f"recorded/step_{step:06d}.json").read_text())
+
+
+def train(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finished:
+    """`megatron-sgopd train` on the example's recipe, made small, with further `changes`; any ending is returned."""
+    settings = SMALL | {"run_dir": str(folder), "logging.record": str(folder / "recorded")} | changes
+    command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE)]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={json.dumps(value)}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=limit, check=False
+    )
+    return Finished(folder, result.returncode, result.stdout, result.stderr)
+
+
+def succeed(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finished:
+    """A run that must end well."""
+    finished = train(folder, changes, limit)
+    assert finished.code == 0, f"{finished.errors}\n{finished.output}"
+    return finished
+
+
+@pytest.fixture(scope="session")
+def main_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Eleven steps with tensor parallelism over two ranks."""
+    return succeed(tmp_path_factory.mktemp("main"), {"train.steps": 11})
+
+
+@pytest.fixture(scope="session")
+def recorded_batch(main_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first step's rollouts, without any scores."""
+    folder = tmp_path_factory.mktemp("recorded")
+    name = "step_000000.json"
+    (folder / name).write_bytes((main_run.folder / "recorded" / name).read_bytes())
+    return folder

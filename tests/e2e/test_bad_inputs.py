@@ -1,0 +1,128 @@
+"""Every bad input: exit code 2, one readable message with the mend, no traceback, nothing left behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sgopd.cli import main
+
+from .conftest import RECIPE, REPOSITORY, STUDENT, TEACHER, Finished
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run_dir: Path, *changes: str) -> str:
+    arguments = ["train", str(RECIPE), "--set", f"run_dir={run_dir}"]
+    for change in changes:
+        arguments += ["--set", change]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("megatron-sgopd: ")
+    assert "Traceback" not in message
+    assert message.strip().count("\n") == 0
+    return message
+
+
+def jsonl(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def other_tokenizer(folder: Path) -> Path:
+    shutil.copytree(TEACHER, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+GOOD = {"prompt": "1+1", "answer": "2"}
+
+BAD = {
+    "missing model folder": (lambda tmp: ["model.path=no/such/folder"], "no/such/folder"),
+    "recipe typo": (lambda tmp: ["rollout.group_sise=8"], "did you mean 'group_size'"),
+    "TP that does not divide the heads": (
+        lambda tmp: ["parallel.ranks=3", "parallel.tensor=3"],
+        "tensor parallel size 3 does not divide num_attention_heads",
+    ),
+    "teacher with another tokenizer": (
+        lambda tmp: [f"teacher.path={other_tokenizer(tmp / 'other')}"],
+        "student and teacher have different tokenizers",
+    ),
+    "prompt longer than the context": (
+        lambda tmp: [
+            "data.train={source: '"
+            + str(jsonl(tmp / "p.jsonl", *[GOOD] * 40, {"prompt": "1+" * 400, "answer": "2"}))
+            + "'}"
+        ],
+        "tokens",
+    ),
+    "row longer than the model's context": (lambda tmp: ["train.row_tokens=4096"], "more than the context"),
+    "empty dataset": (lambda tmp: ["data.train={source: '" + str(jsonl(tmp / "p.jsonl")) + "'}"], "p.jsonl"),
+    "dataset line that is no JSON": (
+        lambda tmp: ["data.train={source: '" + str(jsonl(tmp / "p.jsonl", GOOD, GOOD, "{oops")) + "'}"],
+        "3",
+    ),
+    "answer missing": (
+        lambda tmp: ["data.train={source: '" + str(jsonl(tmp / "p.jsonl", GOOD, {"prompt": "1+1"})) + "'}"],
+        "answer",
+    ),
+    "batch size not divisible": (lambda tmp: ["train.rows_per_microbatch=7"], "not divisible"),
+    "unknown verifier": (lambda tmp: ["verify.verifier=maths"], "math"),
+    "unknown method": (lambda tmp: ["sgopd.method=sgopt"], "sgopd"),
+    "a Megatron flag that contradicts the recipe": (
+        lambda tmp: ["megatron.lr=0.5"],
+        "megatron.lr=0.5 contradicts train.learning_rate",
+    ),
+    "replay folder without the step": (lambda tmp: [f"logging.replay={tmp}"], "step_000000.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_starts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    changes, expected = BAD[name]
+    message = refusal(capsys, tmp_path / "run", *changes(tmp_path))
+    assert expected in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_of_another_recipe_is_refused(main_run: Finished, capsys: pytest.CaptureFixture[str]):
+    before = (main_run.folder / "recipe.yaml").read_bytes()
+    message = refusal(capsys, main_run.folder, "train.steps=12")
+    assert "belongs to a run with" in message
+    assert (main_run.folder / "recipe.yaml").read_bytes() == before
+
+
+def test_the_command_itself_exits_with_two(tmp_path: Path):
+    command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(tmp_path / "none.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0 and "cannot be read" in result.stderr
+
+
+def test_a_dry_run_prints_recipe_and_command_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_dir = tmp_path / "run"
+    arguments = [
+        "train",
+        str(RECIPE),
+        "--dry-run",
+        "--set",
+        f"run_dir={run_dir}",
+        "--set",
+        "megatron.log-throughput=true",
+    ]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "group_size: " in output
+    assert "--tensor-model-parallel-size=2" in output and "--log-throughput" in output
+    assert f'--sgopd-model-path="{STUDENT.relative_to(REPOSITORY)}"' in output
+    assert not run_dir.exists()

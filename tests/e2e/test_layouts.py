@@ -1,0 +1,86 @@
+"""One recorded batch under many layouts: the numbers do not depend on how the models are split."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import STUDENT, TEACHER, Finished, succeed
+
+LAYOUTS = {
+    "one rank": {"parallel.ranks": 1, "parallel.tensor": 1},
+    "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2, "teacher.tensor_parallel": 1, "teacher.pipeline_parallel": 2},
+    "PP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.pipeline": 2, "teacher.tensor_parallel": 1},
+    "TP 2 x PP 2": {"parallel.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2},
+    "DP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "teacher.tensor_parallel": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def replayed(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Train one step on the recorded batch under a layout, scoring it anew; each layout runs once."""
+
+    @cache
+    def replay(layout: str) -> Finished:
+        changes = LAYOUTS[layout] | {"train.steps": 1, "logging.replay": str(recorded_batch)}
+        return succeed(tmp_path_factory.mktemp("layout"), changes)
+
+    return replay
+
+
+def transformers_logprobs(folder: Path, batch: dict) -> torch.Tensor:
+    """float32 [T], trajectory by trajectory, from transformers' own forward."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    parts = []
+    for trajectory in batch["trajectories"]:
+        prompt = batch["prompts"][trajectory["prompt"]]["token_ids"]
+        tokens = torch.tensor([prompt + trajectory["token_ids"]])
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
+        parts.append(logprobs.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :, 0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_student_logprobs_are_those_of_transformers(replayed, layout: str):
+    run = replayed(layout)
+    expected = transformers_logprobs(STUDENT, run.recorded_text(0))
+    assert (run.recorded(0)["student_logprobs_T"] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_teacher_logprobs_are_those_of_transformers_whatever_the_teachers_layout(replayed, layout: str):
+    run = replayed(layout)
+    expected = transformers_logprobs(TEACHER, run.recorded_text(0))
+    assert (run.recorded(0)["teacher_logprobs_T"] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
+def test_logprobs_loss_and_gradient_do_not_depend_on_the_layout(replayed, layout: str):
+    # float32 sums in another order: 1e-5 relative.
+    run, single = replayed(layout), replayed("one rank")
+    torch.testing.assert_close(
+        run.recorded(0)["student_logprobs_T"], single.recorded(0)["student_logprobs_T"], rtol=1e-5, atol=1e-5
+    )
+    assert run.metrics[0]["loss"] == pytest.approx(single.metrics[0]["loss"], rel=1e-5)
+    assert run.metrics[0]["grad_norm"] == pytest.approx(single.metrics[0]["grad_norm"], rel=1e-5)
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(recorded_batch: Path, tmp_path: Path):
+    changes = LAYOUTS["TP 2"] | {"train.steps": 1, "logging.replay": str(recorded_batch), "teacher.path": str(STUDENT)}
+    (line,) = succeed(tmp_path, changes).metrics
+    assert abs(line["loss"]) < 1e-6
+    assert line["grad_norm"] < 1e-6
+
+
+def test_a_live_reference_takes_no_forward(recorded_batch: Path, tmp_path: Path):
+    changes = LAYOUTS["one rank"] | {
+        "train.steps": 1,
+        "logging.replay": str(recorded_batch),
+        "sgopd.method": "sgopd_scaled",
+    }
+    (line,) = succeed(tmp_path, changes).metrics
+    assert (line["teacher_forwards"], line["reference_forwards"]) == (1, 0)

@@ -1,0 +1,80 @@
+"""What a whole run shows: rollouts from the trained policy, time explained, files written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import Finished, succeed
+
+
+def test_the_run_writes_its_files(main_run: Finished):
+    assert [line["step"] for line in main_run.metrics] == list(range(1, 12))
+    summary = json.loads((main_run.folder / "summary.json").read_text())
+    assert set(summary) >= {"before", "after", "teacher", "steps", "seconds", "stage_seconds", "unexplained_share"}
+    assert summary["steps"] == 11
+    assert 0 <= summary["before"] <= 1 and 0 <= summary["after"] <= 1
+    assert (main_run.folder / "samples.jsonl").read_text().count("\n") >= 3
+    assert list((main_run.folder / "tensorboard").iterdir())
+    assert (main_run.folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "11"
+    assert (main_run.folder / "recipe.yaml").is_file()
+
+
+def test_progress_is_one_line_a_step_on_the_terminal_and_nothing_else_of_the_libraries(main_run: Finished):
+    lines = main_run.output.splitlines()
+    assert sum(line.startswith("step ") for line in lines) == 11
+    assert "Megatron" not in main_run.output and "INFO" not in main_run.output
+    assert len(lines) < 60
+
+
+def test_metrics_hold_everything_that_a_run_logs(main_run: Finished):
+    line = main_run.metrics[0]
+    for name in EVERY_METRIC:
+        assert name in line, name
+    assert set(line["stage_seconds"]) >= {"sync", "generate", "pack", "verify", "teacher", "reference", "train"}
+
+
+EVERY_METRIC = """loss grad_norm pass_rate agree conflict neutral reverse_kl reference_kl entropy uniform_groups
+response_length truncated logprob_gap logprob_gap_max tokens_per_second seconds unexplained_share""".split()
+
+
+def test_rollouts_come_from_the_policy_that_is_trained(main_run: Finished):
+    # float32 throughout; before the first update, and after ten updates with a sync after each.
+    gaps = [line["logprob_gap"] for line in main_run.metrics]
+    assert gaps[0] < 1e-4
+    assert gaps[10] < 1e-4
+    losses = [line["loss"] for line in main_run.metrics]
+    assert len(set(losses)) == 11, "the weights never changed"
+
+
+@pytest.fixture(scope="session")
+def cooler_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return succeed(tmp_path_factory.mktemp("cooler"), {"train.steps": 11, "rollout.temperature": 0.7})
+
+
+def test_so_they_do_at_another_temperature(cooler_run: Finished):
+    assert cooler_run.metrics[0]["logprob_gap"] < 1e-4
+    assert cooler_run.metrics[10]["logprob_gap"] < 1e-4
+
+
+def test_at_most_a_twentieth_of_the_time_is_unexplained(main_run: Finished):
+    steps = main_run.metrics[1:]
+    explained = sum(sum(line["stage_seconds"].values()) for line in steps)
+    assert 1 - explained / sum(line["seconds"] for line in steps) <= 0.05
+
+
+def test_each_step_takes_one_forward_of_teacher_and_reference(main_run: Finished):
+    last = main_run.metrics[-1]
+    assert (last["teacher_forwards"], last["reference_forwards"]) == (11, 11)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(main_run: Finished, tmp_path: Path):
+    changes = {"train.steps": 11, "checkpoint.every": 6}
+    stopped = succeed(tmp_path, changes | {"megatron": {"exit-interval": 6}})
+    assert len(stopped.metrics) == 6
+    resumed = succeed(tmp_path, changes | {"megatron": {"exit-interval": 100}})
+    assert [line["step"] for line in resumed.metrics] == list(range(1, 12))
+    for ours, theirs in zip(resumed.metrics, main_run.metrics, strict=True):
+        for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-8), (ours["step"], name)
+    assert resumed.recorded_text(10)["prompts"] == main_run.recorded_text(10)["prompts"]

@@ -1,0 +1,176 @@
+"""Shapes, shards and digests as pure functions of table and layout; real models: tests/distributed."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.models.weights import (
+    Layout,
+    Parameter,
+    parameter_count,
+    parameters,
+    slab_digest,
+    tensor_digest,
+)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Architecture, int, int]:
+    """A random architecture of few weights, a tensor parallel size that divides it, a padded vocabulary."""
+    size = st.integers(1, 3)
+    tensor = draw(st.integers(1, 4))
+    groups = tensor * draw(size)
+    vocab_size = draw(st.integers(1, 9))
+    architecture = Architecture(
+        folder=Path("unused"),
+        model_type="random",
+        num_layers=draw(size),
+        hidden_size=draw(st.integers(1, 7)),
+        ffn_hidden_size=tensor * draw(size),
+        num_attention_heads=groups * draw(size),
+        num_query_groups=groups,
+        head_dim=2 * draw(size),
+        vocab_size=vocab_size,
+        max_position_embeddings=8,
+        norm_epsilon=1e-6,
+        tied_embeddings=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        rope_type="default",
+        rope_theta=10000.0,
+    )
+    architecture.check_parallel(tensor, 1)
+    multiple = tensor * draw(size)
+    padded_vocab_size = -(-vocab_size // multiple) * multiple
+    return architecture, tensor, padded_vocab_size
+
+
+def _numbered(parameter: Parameter) -> list[torch.Tensor]:
+    """The parameter's pieces with every element different, and none zero."""
+    pieces, first = [], 1
+    for piece in parameter.pieces:
+        pieces.append(torch.arange(first, first + torch.Size(piece.shape).numel()).view(piece.shape))
+        first += pieces[-1].numel()
+    return pieces
+
+
+@given(layouts())
+def test_shards_tile_every_tensor_exactly_once(layout: tuple[Architecture, int, int]) -> None:
+    architecture, tensor, padded_vocab_size = layout
+    for parameter in parameters(architecture):
+        pieces = _numbered(parameter)
+        covered = [torch.zeros_like(piece) for piece in pieces]
+        shards = []
+        for rank in range(tensor):
+            shard = torch.full(parameter.shard_shape(tensor, padded_vocab_size), -1)
+            slabs = parameter.slabs(rank, tensor, padded_vocab_size)
+            for slab, piece, count in zip(slabs, pieces, covered, strict=True):
+                span = piece.narrow(slab.axis, slab.start, slab.stop - slab.start)
+                count.narrow(slab.axis, slab.start, slab.stop - slab.start).add_(1)
+                view = slab.view(shard)
+                assert (view == -1).all()  # no two slabs share a place in the shard
+                view.copy_(span.reshape(view.shape))
+            padding = shard == -1
+            assert parameter.layout is Layout.VOCABULARY or not padding.any()
+            shards.append(shard.masked_fill(padding, 0))
+        copies = tensor if parameter.layout is Layout.REPLICATED else 1
+        assert all((count == copies).all() for count in covered)
+        assembled = dict(parameter.assemble(torch.stack(shards)))
+        for (name, weight), expected in zip(assembled.items(), pieces, strict=True):
+            assert torch.equal(weight, expected), name
+
+
+@given(layouts())
+def test_digests_of_slabs_add_up_to_the_tensor_digest(layout: tuple[Architecture, int, int]) -> None:
+    architecture, tensor, padded_vocab_size = layout
+    for parameter in parameters(architecture):
+        for index, piece in enumerate(_numbered(parameter)):
+            weight = piece.to(torch.float32)
+            total = 0
+            for rank in range(1 if parameter.layout is Layout.REPLICATED else tensor):
+                slab = parameter.slabs(rank, tensor, padded_vocab_size)[index]
+                span = weight.narrow(slab.axis, slab.start, slab.stop - slab.start)
+                total += slab_digest(span, weight.shape, slab.axis, slab.start)
+            assert total % (1 << 64) == tensor_digest(weight)
+
+
+def test_query_groups_lie_in_megatrons_order() -> None:
+    # Megatron's fused projection: for each query group, its query heads, its key head, its value head.
+    architecture = Architecture(
+        Path("unused"), "random", 1, 1, 2, 4, 2, 2, 3, 8, 1e-6, True, False, False, "default", 1e4
+    )
+    [qkv] = [entry for entry in parameters(architecture) if entry.layout is Layout.QUERY_GROUPS]
+    query, key, value = _numbered(qkv)
+    shard = torch.empty(qkv.shard_shape(1, 4), dtype=torch.int64)
+    for slab, piece in zip(qkv.slabs(0, 1, 4), (query, key, value), strict=True):
+        view = slab.view(shard)
+        view.copy_(piece.view(view.shape))
+    expected = torch.cat([query[:4], key[:2], value[:2], query[4:], key[2:], value[2:]])
+    assert torch.equal(shard, expected)
+
+
+def test_the_table_names_and_shapes_what_transformers_saves(tiny_models: dict[str, Path]) -> None:
+    for folder in tiny_models.values():
+        architecture = read_architecture(folder)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        table = {
+            piece.name: piece.shape
+            for parameter in parameters(architecture)
+            if not parameter.entry.duplicate
+            for piece in parameter.pieces
+        }
+        assert table == stored
+        assert parameter_count(architecture) == sum(torch.Size(shape).numel() for shape in stored.values())
+
+
+def test_one_models_table_does_not_depend_on_another(tiny_models: dict[str, Path]) -> None:
+    tied = read_architecture(tiny_models["llama_tied"])
+    before = list(parameters(tied))
+    untied = dataclasses.replace(tied, tied_embeddings=False)
+    assert [parameter.pieces[0].name for parameter in parameters(untied)].count("lm_head.weight") == 1
+    assert list(parameters(tied)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_change_of_bits_or_order_changes_the_digest(dtype: torch.dtype) -> None:
+    weight = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    digests = {tensor_digest(weight), tensor_digest(torch.zeros_like(weight))}
+    bits = weight.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    for row in range(12):
+        for bit in range(8 * dtype.itemsize):
+            changed = bits.clone()
+            changed[row, row % 5] ^= torch.tensor(1).bitwise_left_shift(bit).to(bits.dtype)
+            digests.add(tensor_digest(changed.view(dtype)))
+    digests.add(tensor_digest(weight.flip(0)))
+    digests.add(tensor_digest(weight.T.contiguous()))
+    digests.add(tensor_digest(weight[:-1]))
+    negative_zero = torch.zeros_like(weight).neg()
+    digests.add(tensor_digest(negative_zero))
+    assert len(digests) == 2 + 12 * 8 * dtype.itemsize + 4
+
+
+def test_the_digest_does_not_depend_on_how_the_tensor_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    whole = tensor_digest(weight)
+    assert tensor_digest(weight.T.contiguous().T) == whole
+    monkeypatch.setattr("megatron_sgopd.models.weights._CHUNK", 7)
+    assert tensor_digest(weight) == whole
+
+
+def test_the_digest_is_the_documented_formula() -> None:
+    # From the docstring's equation in Python integers, over one value of each sign.
+    def mix(number: int) -> int:
+        number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+        return number ^ number >> 31
+
+    bits = [0x3F800000, 0xC0000000]  # 1.0 and -2.0
+    expected = sum(mix((index + 1 << 32) + word) for index, word in enumerate(bits)) % 2**64
+    assert tensor_digest(torch.tensor([1.0, -2.0])) == expected
