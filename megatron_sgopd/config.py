@@ -38,9 +38,9 @@ class TeacherSettings:
 
     path: str
     """Hugging Face folder of the teacher."""
-    tensor_parallel: int | None = Field(None, ge=1)
+    tensor_parallel: int | None = Field(default=None, ge=1)
     """Ranks that share each layer of the teacher; default: as the student."""
-    pipeline_parallel: int | None = Field(None, ge=1)
+    pipeline_parallel: int | None = Field(default=None, ge=1)
     """Pipeline stages of the teacher; default: as the student."""
     offload: bool = False
     """Keep the weights of teacher and reference in host memory and move them in only while they score."""
@@ -50,21 +50,21 @@ class TeacherSettings:
 class RolloutSettings:
     """What vLLM generates for a step."""
 
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1)
     """Prompts drawn for a step, over all ranks."""
-    group_size: int = Field(8, ge=1)
+    group_size: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (G)."""
-    temperature: float = Field(1.0, gt=0, le=10)
+    temperature: float = Field(default=1.0, gt=0, le=10)
     """Sampling temperature; student, teacher and reference log-probs are taken at the same temperature."""
-    max_new_tokens: int = Field(1024, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
     """Tokens after which a response is cut off."""
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
     """Ranks that share one vLLM replica; the other ranks form further replicas."""
-    cache_gib: float = Field(1.0, gt=0)
+    cache_gib: float = Field(default=1.0, gt=0)
     """KV cache of a rank in GiB (CPU)."""
-    memory_fraction: float = Field(0.4, gt=0, lt=1)
+    memory_fraction: float = Field(default=0.4, gt=0, lt=1)
     """Share of the GPU's memory that the engine may take, weights included (CUDA)."""
-    sync_bucket_mib: int = Field(256, ge=1)
+    sync_bucket_mib: int = Field(default=256, ge=1)
     """Largest piece in which weights travel from trainer to engine, in MiB."""
 
 
@@ -88,13 +88,13 @@ class SgopdSettings:
     """How outcomes become advantages: none, +-1, or normalised or centred within the prompt's group."""
     uniform_groups: Literal["conflict", "skip"] | None = None
     """Groups whose responses all have one outcome: conflict tokens, or left out."""
-    noise_floor: float | None = Field(None, ge=0)
+    noise_floor: float | None = Field(default=None, ge=0)
     """tau in nats: where teacher and student differ by less, the gate is neutral."""
-    importance_clip: float | None = Field(None, gt=0)
+    importance_clip: float | None = Field(default=None, gt=0)
     """C: weight tokens by min(exp(s - b), C); unset: no importance weights."""
     trajectory_margin: float | None = None
     """m in nats: margin of rgopd's gate over whole responses."""
-    logprob_chunk_tokens: int = Field(0, ge=0)
+    logprob_chunk_tokens: int = Field(default=0, ge=0)
     """Response tokens whose logits are held at once; 0 chooses from the vocabulary."""
 
 
@@ -104,11 +104,11 @@ class VerifySettings:
 
     verifier: str = "math"
     """math, task (reasoning-gym's own scorer), exact, or import.path:function."""
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Verifier processes of each rank."""
-    time_limit: float = Field(5.0, gt=0)
+    time_limit: float = Field(default=5.0, gt=0)
     """Seconds for one answer; one that takes longer is wrong."""
-    memory_limit_mib: int = Field(1024, ge=64)
+    memory_limit_mib: int = Field(default=1024, ge=64)
     """Memory of a verifier process in MiB; an answer that needs more is wrong."""
     truncated: Literal["wrong", "skip"] = "wrong"
     """Responses cut off at max_new_tokens: wrong, or left out of training."""
@@ -124,7 +124,7 @@ class PromptSettings:
     """Column with the prompt: text, or a list of chat messages."""
     answer_field: str = "answer"
     """Column with the reference answer."""
-    size: int = Field(10_000, ge=1)
+    size: int = Field(default=10_000, ge=1)
     """Problems to generate (reasoning-gym only)."""
     task_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the reasoning-gym task, such as min_terms."""
@@ -134,7 +134,7 @@ class PromptSettings:
     """Split to read from a dataset folder that has several."""
     chat_template: bool = True
     """Put prompts through the tokenizer's chat template."""
-    max_prompt_tokens: int | None = Field(None, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt that is accepted, in tokens; default: what a row leaves beside max_new_tokens."""
 
 
@@ -152,11 +152,11 @@ class DataSettings:
 class EvaluateSettings:
     """Pass rate on the held-out prompts."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
-    samples: int = Field(8, ge=1)
+    samples: int = Field(default=8, ge=1)
     """Responses for each held-out prompt (avg@k)."""
-    temperature: float = Field(1.0, gt=0, le=10)
+    temperature: float = Field(default=1.0, gt=0, le=10)
     """Sampling temperature of evaluations."""
     teacher: bool = False
     """Evaluate the teacher too, before training (loads it into vLLM once)."""
@@ -166,11 +166,11 @@ class EvaluateSettings:
 class AlarmSettings:
     """Limits beyond which a run stops with a diagnosis."""
 
-    logprob_gap: float = Field(0.5, gt=0)
+    logprob_gap: float = Field(default=0.5, gt=0)
     """Largest mean |s - b| in nats between training and rollout log-probs."""
-    teacher_floor: float = Field(0.9, gt=0, le=1)
+    teacher_floor: float = Field(default=0.9, gt=0, le=1)
     """Teacher log-probs whose mean is below -floor * ln(vocabulary) are those of a model without weights."""
-    truncated_steps: int = Field(3, ge=1)
+    truncated_steps: int = Field(default=3, ge=1)
     """Steps in a row in which every response is truncated."""
 
 
@@ -180,7 +180,7 @@ class LoggingSettings:
 
     quiet: bool = True
     """Send the output of Megatron and vLLM to RUN_DIR/logs instead of the terminal (ready script only)."""
-    samples_every: int = Field(10, ge=0)
+    samples_every: int = Field(default=10, ge=0)
     """Steps between printed sample responses; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
@@ -213,11 +213,11 @@ class Settings:
 class ParallelSettings:
     """How the student is spread over ranks."""
 
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(default=1, ge=1)
     """Processes over all nodes, one a GPU (or a share of the CPU cores)."""
-    tensor: int = Field(1, ge=1)
+    tensor: int = Field(default=1, ge=1)
     """Ranks that share each layer (TP)."""
-    pipeline: int = Field(1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
     """Pipeline stages (PP); the remaining factor of `ranks` is data parallel."""
     sequence: bool = False
     """Sequence parallelism within the tensor-parallel group."""
@@ -229,29 +229,29 @@ class TrainSettings:
 
     steps: int = Field(ge=1)
     """Optimizer steps; each uses one batch of rollouts."""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW first-moment decay."""
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW second-moment decay."""
-    clip_grad: float = Field(1.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
-    seed: int = Field(1234, ge=1)
+    seed: int = Field(default=1234, ge=1)
     """Seed of prompt order, sampling and everything else that is random."""
     precision: Literal["float32", "bf16"] = "bf16"
     """Parameter and activation type of student, teacher and reference."""
-    row_tokens: int = Field(4096, ge=8)
+    row_tokens: int = Field(default=4096, ge=8)
     """Length of a packed row in tokens; a prompt and its response must fit."""
-    rows_per_microbatch: int = Field(1, ge=1)
+    rows_per_microbatch: int = Field(default=1, ge=1)
     """Packed rows that pass through the model at once."""
 
 
@@ -259,7 +259,7 @@ class TrainSettings:
 class CheckpointSettings:
     """Megatron checkpoints in RUN_DIR/checkpoints."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: only after the last step."""
 
 

@@ -1,4 +1,4 @@
-"""torchrun --nproc-per-node N -m megatron_sgopd.pretrain <Megatron flags> --sgopd-model-path DIR --sgopd-teacher-path DIR …
+"""torchrun --nproc-per-node N -m megatron_sgopd.pretrain <Megatron flags> <--sgopd-* flags>
 
 A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE` starts this one.
 """

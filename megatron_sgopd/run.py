@@ -72,7 +72,7 @@ class Run:
         """Records, alarms and evaluations of the step that was just trained."""
         done = batch.step + 1
         with self.clock("record"):
-            metrics = policy.metrics() | batch_metrics(batch) | self.verification.faults
+            metrics: dict[str, Any] = policy.metrics() | batch_metrics(batch) | self.verification.faults
             metrics |= {
                 "grad_norm": float(grad_norm),
                 "teacher_forwards": self.teacher.forwards if self.teacher else 0,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,19 +60,19 @@ def prepare(run: Run, step: int) -> Batch:
         batch = with_tensors(packed(run, recorded[0]), recorded[1])
     alarms.check_responses(run.settings.alarms, batch, run.truncated_history)
     # The answers are checked in processes of their own while this one scores.
+    assert batch.trajectories is not None
     with run.clock("verify"):
         outcomes = run.verification.start(batch.trajectories)
     batch = score_teacher(run, batch)
     batch = score_reference(run, batch)
     with run.clock("verify"):
-        batch = replace(batch, outcomes_N=outcomes())
-    return batch
+        return replace(batch, outcomes_N=outcomes())
 
 
 def with_tensors(batch: Batch, tensors: dict[str, torch.Tensor]) -> Batch:
     """Put recorded scores into the batch's own order of tokens."""
     assert batch.rows is not None
-    scores = {name: in_row_order(tensors[name], batch.rows) for name in SCORES if name in tensors}
+    scores: dict[str, Any] = {name: in_row_order(tensors[name], batch.rows) for name in SCORES if name in tensors}
     return replace(batch, **scores)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 
 from megatron_sgopd import platform
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture
+
+if TYPE_CHECKING:  # the command line makes flags here without the seconds that importing Megatron takes
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ def build_model(
         post_process: whether this pipeline stage holds the final norm and the output layer.
         padded_vocab_size: rows of embedding and output layer over all tensor-parallel ranks.
     """
+    from megatron.core.models.gpt import GPTModel
+
     model = GPTModel(
         config,
         platform.current().layer_spec(config),

@@ -8,7 +8,9 @@ sg[] stops the gradient, so d L_on / d s_t = - w_t A_t / N exactly.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,9 +43,10 @@ class TokenSignals:
         """The signals on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def _map(self, function) -> TokenSignals:  # type: ignore[no-untyped-def]
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return TokenSignals(**{name: None if v is None else function(v) for name, v in values.items()})
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenSignals:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: None if t is None else function(t) for name, t in fields.items()}
+        return TokenSignals(**changed)
 
 
 @dataclass(frozen=True)

@@ -44,3 +44,8 @@ class Platform(abc.ABC):
     @abc.abstractmethod
     def engine_options(self, memory_fraction: float, cache_bytes: int) -> dict[str, Any]:
         """Arguments of `vllm.LLM` that depend on the platform."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def refresh_engine_model(model: torch.nn.Module) -> None:
+        """Called on vLLM's model after its weights were replaced: renew what vLLM derived from them itself."""

@@ -81,6 +81,16 @@ class CpuPlatform(Platform):
             "enable_chunked_prefill": False,
         }
 
+    @staticmethod
+    def refresh_engine_model(model: torch.nn.Module) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        # vLLM multiplies by packed copies of the weights. It renews a layer's copy when that layer is loaded, but
+        # an output layer that is tied to the embedding is never loaded itself and would keep its first copy.
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
+
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Megatron creates and moves tensors with device="cuda"; here that is host memory."""
@@ -103,9 +113,9 @@ def _names_cuda(value: Any) -> bool:
 
 def _redirect_devices() -> None:
     _CudaMeansCpu().__enter__()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]  # already in place
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]  # likewise
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]  # no streams
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # already in place
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # likewise
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]  # no streams
 
     # Megatron compares Tensor.type() with CUDA names; torch dispatches the method to its patched self again.
     original_type = torch.Tensor.type

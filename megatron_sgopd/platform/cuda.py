@@ -61,3 +61,7 @@ class CudaPlatform(Platform):
 
     def engine_options(self, memory_fraction: float, cache_bytes: int) -> dict[str, Any]:
         return {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True}
+
+    @staticmethod
+    def refresh_engine_model(model: torch.nn.Module) -> None:
+        """Nothing: the engine multiplies by the weights themselves."""

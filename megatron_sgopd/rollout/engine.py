@@ -85,6 +85,7 @@ class RolloutEngine:
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights by full tensors under their Hugging Face names."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.apply_model(current().refresh_engine_model)
         self._llm.reset_prefix_cache()
         self.weight_version += 1
 

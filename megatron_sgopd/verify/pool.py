@@ -29,7 +29,8 @@ FAULTS = ("timeout", "memory", "crashed", "unreadable")
 class PendingOutcomes:
     """Results that are being worked out."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, threads: Sequence[threading.Thread]) -> None:
+        self._threads = threads
         self._results: list[VerifierResult | None] = [None] * count
         self._left = count
         self._changed = threading.Condition()
@@ -44,7 +45,9 @@ class PendingOutcomes:
     def result(self) -> list[VerifierResult]:
         """Wait for all results, in the order of the requests."""
         with self._changed:
-            self._changed.wait_for(lambda: self._left == 0)
+            while not self._changed.wait_for(lambda: self._left == 0, timeout=1.0):
+                if not all(thread.is_alive() for thread in self._threads):
+                    raise RuntimeError("a thread that watches a verifier process died; its traceback is above")
         return [result for result in self._results if result is not None]
 
 
@@ -70,7 +73,7 @@ class VerifierPool:
 
     def submit(self, requests: Sequence[VerifyRequest]) -> PendingOutcomes:
         """Begin judging; returns at once."""
-        pending = PendingOutcomes(len(requests))
+        pending = PendingOutcomes(len(requests), self._threads)
         for index, request in enumerate(requests):
             request = replace(request, response=request.response[-MAX_RESPONSE:])
             self._jobs.put((pending, index, json.dumps(asdict(request)).encode() + b"\n"))
@@ -97,20 +100,18 @@ class VerifierPool:
     def _serve(self) -> None:
         """Keep one worker busy until the pool closes."""
         worker, sent = _Worker(self._command), deque[_Job]()
-        open_ = True
-        while open_ or sent:
-            open_ = open_ and self._send(worker, sent)
-            if not sent:
-                continue
+        jobs = _Lookahead(self._jobs)
+        while sent or jobs.wait():
+            while (job := jobs.peek()) and (not sent or sum(len(j[2]) for j in (*sent, job)) <= _IN_FLIGHT):
+                worker.write(job[2])
+                sent.append(jobs.take())
             reply = worker.read(self._time_limit)
-            pending, index, _ = sent[0]
+            pending, index, _ = sent.popleft()
             if isinstance(reply, bytes):
                 result = VerifierResult(*json.loads(reply))
-                sent.popleft()
             else:
                 result = VerifierResult(0, None, reply)
                 worker.kill()
-                sent.popleft()
                 worker = _Worker(self._command)
                 for _, _, line in sent:
                     worker.write(line)
@@ -118,18 +119,33 @@ class VerifierPool:
             pending.put(index, result)
         worker.kill()
 
-    def _send(self, worker: _Worker, sent: deque[_Job]) -> bool:
-        """Send jobs ahead as far as the pipe surely holds them; wait for one if none is under way."""
-        while not sent or sum(len(line) for _, _, line in sent) < _IN_FLIGHT:
-            try:
-                job = self._jobs.get(block=not sent)
-            except queue.Empty:
-                return True
-            if job is None:
-                return False
-            worker.write(job[2])
-            sent.append(job)
-        return True
+
+class _Lookahead:
+    """A queue whose next job can be looked at; None in the queue ends it."""
+
+    def __init__(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        self._jobs = jobs
+        self._next: _Job | None = None
+        self._ended = False
+
+    def wait(self) -> bool:
+        """Wait for a job; False at the end."""
+        if self._next is None and not self._ended:
+            self._next = self._jobs.get()
+            self._ended = self._next is None
+        return not self._ended
+
+    def peek(self) -> _Job | None:
+        """The next job if it is there already."""
+        if self._next is None and not self._ended and not self._jobs.empty():
+            self.wait()
+        return self._next
+
+    def take(self) -> _Job:
+        """Remove the job that was looked at."""
+        assert self._next is not None
+        job, self._next = self._next, None
+        return job
 
 
 class _Worker:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ def main() -> None:
     """Answer requests until the input ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     verifier_name, memory_limit = sys.argv[1], int(sys.argv[2])
+    logging.disable(logging.WARNING)  # math-verify warns at every answer that it has no time limit of its own
     requests, replies = _private_pipes()
     verifier = resolve_verifier(verifier_name)
     _limit_resources(memory_limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -57,17 +58,32 @@ class Finished:
         return json.loads((self.folder / f"recorded/step_{step:06d}.json").read_text())
 
 
-def train(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finished:
-    """`megatron-sgopd train` on the example's recipe, made small, with further `changes`; any ending is returned."""
+def start(folder: Path, changes: dict[str, Any]) -> subprocess.Popen[str]:
+    """`megatron-sgopd train` on the example's recipe, made small, with further `changes`, in a session of its own."""
     settings = SMALL | {"run_dir": str(folder), "logging.record": str(folder / "recorded")} | changes
     command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE)]
     for name, value in settings.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=limit, check=False
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    return Finished(folder, result.returncode, result.stdout, result.stderr)
+
+
+def train(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finished:
+    """Such a run to its end, whatever that is."""
+    process = start(folder, changes)
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Finished(folder, process.returncode, output, errors)
 
 
 def succeed(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finished:

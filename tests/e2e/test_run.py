@@ -1,11 +1,15 @@
 """What a whole run shows: rollouts from the trained policy, time explained, files written."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from .conftest import Finished, succeed
+from .conftest import Finished, start, succeed
 
 
 def test_the_run_writes_its_files(main_run: Finished):
@@ -34,8 +38,12 @@ def test_metrics_hold_everything_that_a_run_logs(main_run: Finished):
     assert set(line["stage_seconds"]) >= {"sync", "generate", "pack", "verify", "teacher", "reference", "train"}
 
 
-EVERY_METRIC = """loss grad_norm pass_rate agree conflict neutral reverse_kl reference_kl entropy uniform_groups
-response_length truncated logprob_gap logprob_gap_max tokens_per_second seconds unexplained_share""".split()
+EVERY_METRIC = [
+    *("loss", "grad_norm", "pass_rate", "agree", "conflict", "neutral", "reverse_kl", "reference_kl", "entropy"),
+    *("uniform_groups", "response_length", "truncated", "logprob_gap", "logprob_gap_max", "sign_flips", "kappa"),
+    *("advantage", "advantage_p50", "agree_right", "agree_wrong", "abs_delta_agree"),
+    *("tokens_per_second", "seconds", "unexplained_share"),
+]
 
 
 def test_rollouts_come_from_the_policy_that_is_trained(main_run: Finished):
@@ -68,13 +76,28 @@ def test_each_step_takes_one_forward_of_teacher_and_reference(main_run: Finished
     assert (last["teacher_forwards"], last["reference_forwards"]) == (11, 11)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(main_run: Finished, tmp_path: Path):
-    changes = {"train.steps": 11, "checkpoint.every": 6}
-    stopped = succeed(tmp_path, changes | {"megatron": {"exit-interval": 6}})
-    assert len(stopped.metrics) == 6
-    resumed = succeed(tmp_path, changes | {"megatron": {"exit-interval": 100}})
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(main_run: Finished, tmp_path: Path):
+    changes = {"train.steps": 11, "checkpoint.every": 4}
+    process = start(tmp_path, changes)
+    wait_for_step(tmp_path, 6, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = succeed(tmp_path, changes)
+    assert "step 5/11" in resumed.output and "step 4/11" not in resumed.output
     assert [line["step"] for line in resumed.metrics] == list(range(1, 12))
     for ours, theirs in zip(resumed.metrics, main_run.metrics, strict=True):
         for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-8), (ours["step"], name)
     assert resumed.recorded_text(10)["prompts"] == main_run.recorded_text(10)["prompts"]
+    assert resumed.recorded_text(10)["trajectories"] == main_run.recorded_text(10)["trajectories"]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has recorded `step`."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} before the run ended or 200 s were over")

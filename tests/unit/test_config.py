@@ -53,7 +53,7 @@ def test_missing_and_out_of_range_settings_are_named():
 
 
 def test_unknown_flag_names_the_nearest():
-    with pytest.raises(ConfigError, match="--sgopd-metod=opd.*did you mean --sgopd-method"):
+    with pytest.raises(ConfigError, match=r"--sgopd-metod=opd.*did you mean --sgopd-method"):
         parse_flags(["--sgopd-metod=opd"])
 
 

@@ -176,7 +176,7 @@ def test_rgopd_keeps_whole_responses_by_the_sign_of_their_sum():
     delta_T = signals.teacher_logprobs_T - s_T
     expected_T = torch.zeros_like(delta_T)
     for response in range(RESPONSES):
-        tokens = TRAJECTORY_T == response
+        tokens = response == TRAJECTORY_T
         preference, o = float(delta_T[tokens].sum()), float(signals.outcome_advantage_T[tokens][0])
         if (o > 0 and preference > 0.5) or (o <= 0 and preference < -0.5):
             expected_T[tokens] = delta_T[tokens]
@@ -358,9 +358,9 @@ def test_no_tokens_at_all(name: str):
 
 
 def test_bad_settings_are_refused_by_name():
-    with pytest.raises(ConfigError, match="unknown sgopd.method 'sgpod': did you mean 'sgopd'"):
+    with pytest.raises(ConfigError, match=r"unknown sgopd.method 'sgpod': did you mean 'sgopd'"):
         method_from_settings("sgpod")
-    with pytest.raises(ConfigError, match="sgopd.agree_coefficient is inf"):
+    with pytest.raises(ConfigError, match=r"sgopd.agree_coefficient is inf"):
         method_from_settings("sgopd", agree_coefficient=math.inf)
-    with pytest.raises(ConfigError, match="set sgopd.outcome to pm1"):
+    with pytest.raises(ConfigError, match=r"set sgopd.outcome to pm1"):
         method_from_settings("sgopd", outcome="none")
