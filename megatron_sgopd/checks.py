@@ -40,6 +40,12 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     """
     method = _method(settings)
     resolve_verifier(settings.verify.verifier)
+    replay = settings.logging.replay
+    if replay is not None and not any(Path(replay).glob("step_*.json")):
+        raise ConfigError(
+            f"logging.replay={replay} holds no recorded batch (step_000000.json and so on): record one with "
+            "logging.record"
+        )
     student, teacher = read_architecture(settings.model.path), read_architecture(settings.teacher.path)
     _check_lengths(settings, student, teacher, row_tokens)
     tokenizer = _common_tokenizer(settings)

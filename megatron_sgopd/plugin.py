@@ -84,7 +84,14 @@ def _with_rollouts(train_step: Any, settings: Settings) -> Any:
                 iteration=iteration,
                 **kwargs,
             )
-        run.after_training(batch, policy, grad_norm=result[5], last=iteration + 1 == args.train_iters)
+        done = iteration + 1
+        run.after_training(
+            batch,
+            policy,
+            grad_norm=result[5],
+            last=done == args.train_iters,
+            saves=bool(args.save and args.save_interval and done % args.save_interval == 0),
+        )
         return result
 
     return step

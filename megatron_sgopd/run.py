@@ -68,17 +68,25 @@ class Run:
         )
         return batch, policy
 
-    def after_training(self, batch: Batch, policy: PolicyStep, grad_norm: float, last: bool) -> None:
-        """Records, alarms and evaluations of the step that was just trained."""
-        done = batch.step + 1
+    def after_training(
+        self, batch: Batch, policy: PolicyStep, grad_norm: float | None, last: bool, saves: bool
+    ) -> None:
+        """Records, alarms and evaluations of the step that was just trained.
+
+        Args:
+            grad_norm: before clipping; None where Megatron was told not to clip and so did not take it.
+            saves: whether Megatron saves a checkpoint before the next step.
+        """
+        done, self.saves = batch.step + 1, saves
         with self.clock("record"):
             metrics: dict[str, Any] = policy.metrics() | batch_metrics(batch) | self.verification.faults
             metrics |= {
-                "grad_norm": float(grad_norm),
                 "teacher_forwards": self.teacher.forwards if self.teacher else 0,
                 "reference_forwards": self.reference.forwards if self.reference else 0,
                 "weight_version": self.engine.weight_version if self.engine else 0,
             }
+            if grad_norm is not None:
+                metrics["grad_norm"] = float(grad_norm)
             check_metrics(self.settings.alarms, batch.step, metrics)
             self.recording.save(batch, policy.gather_student_logprobs)
         every = self.settings.evaluate.every

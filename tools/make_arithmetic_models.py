@@ -43,7 +43,6 @@ SENTENCE = "State the final answer to the following arithmetic problem: "
 
 # Problem i of a reasoning-gym dataset depends on seed + i alone: these ranges must not overlap.
 HELD_OUT_SEED, HELD_OUT_SIZE = 2_000_000, 256
-RECIPE_SEED, RECIPE_SIZE = 1_470_000, 4096  # the first multiple of 10,000 that draws no held-out question
 PRETRAINING_SEED = 10_000_000
 
 PAD, END_OF_TURN, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|unknown|>"
@@ -71,8 +70,8 @@ class Pupil:
     required_pass_rate: tuple[float, float]
 
 
-TEACHER = Pupil("teacher", 128, 512, 4, False, steps=450, slip_rate=0.01, required_pass_rate=(0.85, 1.0))
-STUDENT = Pupil("student", 96, 256, 4, True, steps=300, slip_rate=0.3, required_pass_rate=(0.05, 0.40))
+TEACHER = Pupil("teacher", 128, 512, 4, False, steps=600, slip_rate=0.02, required_pass_rate=(0.85, 1.0))
+STUDENT = Pupil("student", 96, 256, 4, True, steps=480, slip_rate=0.4, required_pass_rate=(0.05, 0.40))
 PROBLEMS_PER_STEP = 64
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 50

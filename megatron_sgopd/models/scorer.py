@@ -137,4 +137,6 @@ def _process_groups(tensor: int, pipeline: int) -> ProcessGroupCollection:
     training = (mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size())
     if (tensor, pipeline) == training:
         return ProcessGroupCollection.use_mpu_process_groups()
-    return build_inference_pg_collection(dist.get_world_size(), tp_size=tensor, pp_size=pipeline, cp_size=1)
+    return build_inference_pg_collection(
+        dist.get_world_size(), tp_size=tensor, pp_size=pipeline, cp_size=1, ep_size=1, expt_tp_size=tensor
+    )

@@ -71,7 +71,7 @@ def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float])
             "verify.truncated=skip and sgopd.uniform_groups=skip, and at the pass rate."
         )
     for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
+        if not math.isfinite(metrics.get(name, 0.0)):
             raise Alarm(
                 f"step {step}: {name} is {metrics[name]}: lower train.learning_rate, or set train.clip_grad and "
                 "train.precision=float32 to find where it starts"

@@ -50,6 +50,10 @@ def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
     result = Result()
     try:
         yield result
+    except SystemExit as exit_:  # Megatron leaves this way over a flag that it does not know
+        result.code = exit_.code if isinstance(exit_.code, int) else 1
+        if result.code:
+            (logs / f"rank-{rank}.error").write_text(f"Megatron ended it with exit code {result.code}")
     except Exception as error:
         result.code = {ConfigError: 2, Alarm: 3}.get(type(error), 1)
         message = traceback.format_exc() if result.code == 1 else str(error)

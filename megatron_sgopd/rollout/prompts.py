@@ -182,7 +182,7 @@ def _dataset_rows(path: Path, settings: PromptSettings) -> list[_Row]:
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             dataset = datasets.load_from_disk(str(path))
         else:
-            dataset = datasets.load_dataset(str(path), trust_remote_code=False)
+            dataset = datasets.load_dataset(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{path} cannot be read as a dataset: {error}") from None
     if isinstance(dataset, datasets.DatasetDict):

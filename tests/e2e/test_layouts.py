@@ -70,7 +70,8 @@ def test_logprobs_loss_and_gradient_do_not_depend_on_the_layout(replayed, layout
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(recorded_batch: Path, tmp_path: Path):
-    changes = LAYOUTS["TP 2"] | {"train.steps": 1, "logging.replay": str(recorded_batch), "teacher.path": str(STUDENT)}
+    # In the student's own layout: another order of float32 sums would already differ by 1e-6.
+    changes = {"train.steps": 1, "logging.replay": str(recorded_batch), "teacher.path": str(STUDENT)}
     (line,) = succeed(tmp_path, changes).metrics
     assert abs(line["loss"]) < 1e-6
     assert line["grad_norm"] < 1e-6

@@ -50,10 +50,12 @@ def test_file_formats_give_the_same_prompts(tmp_path: Path):
     table.to_parquet(tmp_path / "rows.parquet")
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    table.to_parquet(tmp_path / "folder/rows.parquet")
     sources = [write_lines(tmp_path / "rows.jsonl", *ROWS)]
-    sources += [PromptSettings(source=str(tmp_path / name)) for name in ("rows.parquet", "saved", "splits")]
+    sources += [PromptSettings(source=str(tmp_path / name)) for name in ("rows.parquet", "saved", "splits", "folder")]
     loaded = [[(p.text, p.token_ids, p.answer) for p in load(source)] for source in sources]
-    assert loaded[0] == loaded[1] == loaded[2] == loaded[3]
+    assert all(rows == loaded[0] for rows in loaded)
     assert len(loaded[0]) == 7
 
 
