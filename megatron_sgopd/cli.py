@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sgopd import __version__
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.output import LOGS
+from megatron_sgopd.monitor.output import LOGS, SUMMARY
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
@@ -86,8 +87,24 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
         return _train_as_rank(recipe, flags)
+    if _is_finished(recipe):
+        return 0
     write_resolved(recipe)
     return _launch(flags, recipe.parallel.ranks, Path(recipe.run_dir))
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder has all steps of its recipe already; shows what came of them."""
+    path = Path(recipe.run_dir) / SUMMARY
+    summary = json.loads(path.read_text()) if path.exists() else {"steps": 0}
+    if summary["steps"] < recipe.train.steps:
+        return False
+    rates = ", ".join(f"{name} {summary[name]:.1%}" for name in ("before", "after", "teacher") if summary[name])
+    print(
+        f"{recipe.run_dir} has all its {summary['steps']} steps already (held-out pass rate: {rates or 'none taken'})."
+    )
+    print("Remove the folder, or choose another with --set run_dir=DIR, to train again.")
+    return True
 
 
 def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:

@@ -199,6 +199,7 @@ def _recipe_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "dataloader-type": ("external", _PLUGIN),
         "calculate-per-token-loss": (True, _PLUGIN),
         "tokenizer-type": ("NullTokenizer", _PLUGIN),
+        "no-check-for-nan-in-loss-and-grad": (True, _PLUGIN),  # our alarm says what to change
         "rerun-mode": ("disabled", _PLUGIN),  # it would keep every microbatch of a step
     }
 

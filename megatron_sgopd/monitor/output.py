@@ -15,6 +15,7 @@ from rich.console import Console
 from megatron_sgopd.errors import Alarm, ConfigError
 
 LOGS = "logs"
+SUMMARY = "summary.json"
 _terminal: int | None = None
 
 

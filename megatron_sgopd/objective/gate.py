@@ -25,19 +25,13 @@ def gate(delta_T: torch.Tensor, outcome_advantage_T: torch.Tensor, noise_floor: 
     return torch.where(delta_T.abs() <= noise_floor, NEUTRAL, classes_T)
 
 
-def by_class(
-    classes_T: torch.Tensor, conflict: float, neutral: float, agree: float, like: torch.Tensor
-) -> torch.Tensor:
-    """[T] in the dtype of `like`: the number that belongs to each token's class."""
-    return like.new_tensor([conflict, neutral, agree])[classes_T]
-
-
 def kappa(classes_T: torch.Tensor, method: Method, like: torch.Tensor) -> torch.Tensor:
-    """lambda on agree, beta on conflict, 1 on neutral."""
-    return by_class(classes_T, method.conflict_coefficient, 1.0, method.agree_coefficient, like)
+    """[T] in the dtype of `like`: lambda on agree, beta on conflict, 1 on neutral."""
+    kappa_T = torch.ones_like(like).masked_fill(classes_T == AGREE, method.agree_coefficient)
+    return kappa_T.masked_fill(classes_T == CONFLICT, method.conflict_coefficient)
 
 
 def eta(classes_T: torch.Tensor, method: Method, like: torch.Tensor) -> torch.Tensor:
-    """eta_agree on agree, eta_conflict on conflict and neutral."""
-    other = method.conflict_outcome_weight
-    return by_class(classes_T, other, other, method.agree_outcome_weight, like)
+    """[T] in the dtype of `like`: eta_agree on agree, eta_conflict on conflict and neutral."""
+    eta_T = torch.full_like(like, method.conflict_outcome_weight)
+    return eta_T.masked_fill(classes_T == AGREE, method.agree_outcome_weight)

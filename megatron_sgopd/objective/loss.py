@@ -23,9 +23,9 @@ class TokenSignals:
     """What is known about T response tokens besides the student's own log-probs. Log-probs are in nats."""
 
     teacher_logprobs_T: torch.Tensor | None
-    """q_t; None for methods without a teacher."""
+    """q_t; only read by methods with a teacher."""
     reference_logprobs_T: torch.Tensor | None
-    """r_t; None where the reference is the live student."""
+    """r_t; only read where the reference is the initial student."""
     behaviour_logprobs_T: torch.Tensor
     """b_t of the policy that sampled the token."""
     outcome_advantage_T: torch.Tensor
@@ -71,14 +71,18 @@ def token_update(student_logprobs_T: torch.Tensor, signals: TokenSignals, method
     Args:
         student_logprobs_T: s_t, without gradient.
         signals: of the same tokens; of all tokens of each response where `method.needs_whole_responses`.
+
+    Raises:
+        ValueError: the method needs teacher or reference log-probs, and `signals` has none.
     """
     s_T, mask_T = student_logprobs_T, signals.mask_T
 
     def kept(tensor_T: torch.Tensor) -> torch.Tensor:
         return torch.where(mask_T, tensor_T.to(s_T.dtype), 0.0)
 
-    q_T = s_T if signals.teacher_logprobs_T is None else signals.teacher_logprobs_T
-    r_T = s_T if signals.reference_logprobs_T is None else signals.reference_logprobs_T
+    # The method decides, not what there is: a recorded batch may hold scores that this method does not use.
+    q_T = _needed(signals.teacher_logprobs_T, "teacher", method) if method.teacher else s_T
+    r_T = _needed(signals.reference_logprobs_T, "reference", method) if method.reference == "initial" else s_T
     delta_T, d_T, o_T = kept(q_T - s_T), kept(q_T - r_T), kept(signals.outcome_advantage_T)
     classes_T = gate(delta_T, o_T, method.noise_floor)
     kappa_T = kappa(classes_T, method, s_T)
@@ -91,6 +95,14 @@ def token_update(student_logprobs_T: torch.Tensor, signals: TokenSignals, method
         ratio_T = torch.exp(kept(s_T - signals.behaviour_logprobs_T)).clamp(max=method.importance_clip)
         weight_T = weight_T * ratio_T
     return TokenUpdate(delta_T, classes_T, kappa_T, advantage_T, weight_T)
+
+
+def _needed(logprobs_T: torch.Tensor | None, name: str, method: Method) -> torch.Tensor:
+    if logprobs_T is None:
+        raise ValueError(
+            f"method {method.name} needs {name} log-probs, and the signals have none: score the batch first"
+        )
+    return logprobs_T
 
 
 def trajectory_gate(

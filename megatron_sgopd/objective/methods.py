@@ -1,14 +1,19 @@
-"""The methods: one frozen row of settings each. Notation: the table of presets in docs/objective.md."""
+"""The methods: one frozen row of settings each, in the notation of `megatron_sgopd.objective`."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_sgopd.errors import ConfigError
+
+Reference = Literal["initial", "live"]
+Outcome = Literal["none", "pm1", "group", "group_centered"]
+UniformGroups = Literal["conflict", "skip"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,11 @@ class Method:
     """eta where they agree."""
     conflict_outcome_weight: float = 0.0
     """eta everywhere else."""
-    reference: Literal["initial", "live"] = "live"
+    reference: Reference = "live"
     """d_t is teacher minus initial student, or (live) delta_t itself."""
-    outcome: Literal["none", "pm1", "group", "group_centered"] = "none"
+    outcome: Outcome = "none"
     """How R_i becomes o_i."""
-    uniform_groups: Literal["conflict", "skip"] = "conflict"
+    uniform_groups: UniformGroups = "conflict"
     """Groups with one outcome for all responses: o_i = 0, so conflict; or left out."""
     trajectory_gate: bool = False
     """Keep a response only where the teacher's preference for the whole of it has the outcome's sign."""
@@ -44,8 +49,15 @@ class Method:
 
     @property
     def teacher(self) -> bool:
-        """Whether teacher log-probs are used at all."""
-        return self.reference == "initial" or bool(self.agree_coefficient or self.conflict_coefficient)
+        """Whether A_t depends on q_t: directly, or through a gate that chooses what else counts."""
+        return (
+            self.reference == "initial"
+            or self.agree_coefficient != 0
+            or self.conflict_coefficient != 0
+            or self.agree_outcome_weight != self.conflict_outcome_weight
+            or self.noise_floor > 0
+            or self.trajectory_gate
+        )
 
     @property
     def needs_whole_responses(self) -> bool:
@@ -70,23 +82,30 @@ METHODS = {
 }
 
 
+_CHOICES = {"reference": Reference, "outcome": Outcome, "uniform_groups": UniformGroups}
+_NOT_NEGATIVE = (
+    *("agree_coefficient", "conflict_coefficient", "agree_outcome_weight", "conflict_outcome_weight"),
+    *("noise_floor", "trajectory_margin"),
+)
+
+
 def method_from_settings(name: str, **overrides: Any) -> Method:
     """The preset `name` with some of its fields replaced.
 
     Raises:
-        ConfigError: unknown name, or a number out of its range.
+        ConfigError: unknown name or choice, a number out of its range, or a gate without an outcome to read.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one."
-        raise ConfigError(f"unknown sgopd.method {name!r}: {hint} Known: {', '.join(METHODS)}")
+    _check_choice("method", name, METHODS)
     method = dataclasses.replace(METHODS[name], **overrides)
-    for field in dataclasses.fields(Method):
-        value = getattr(method, field.name)
-        if isinstance(value, (int, float)) and not math.isfinite(value):
-            raise ConfigError(f"sgopd.{field.name} is {value}: give a finite number")
-    if method.noise_floor < 0 or (method.importance_clip is not None and method.importance_clip <= 0):
-        raise ConfigError("sgopd.noise_floor must not be negative and sgopd.importance_clip must be positive")
+    for setting, choices in _CHOICES.items():
+        _check_choice(setting, getattr(method, setting), get_args(choices))
+    for setting in _NOT_NEGATIVE:
+        value = getattr(method, setting)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"sgopd.{setting} is {value}: give a finite number that is not negative")
+    clip = method.importance_clip
+    if clip is not None and not 0 < clip < math.inf:
+        raise ConfigError(f"sgopd.importance_clip is {clip}: give a finite number above 0, or leave it out")
     gated = method.agree_coefficient != method.conflict_coefficient or method.trajectory_gate
     if method.outcome == "none" and (gated or method.agree_outcome_weight or method.conflict_outcome_weight):
         raise ConfigError(
@@ -94,3 +113,10 @@ def method_from_settings(name: str, **overrides: Any) -> Method:
             "set sgopd.outcome to pm1, group or group_centered"
         )
     return method
+
+
+def _check_choice(setting: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one."
+        raise ConfigError(f"unknown sgopd.{setting} {value!r}: {hint} Known: {', '.join(known)}")

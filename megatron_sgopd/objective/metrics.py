@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,13 +49,13 @@ def metric_sums(
         "advantage_histogram": _histogram(advantage_T),
         "logprob_gap": gap_T.sum(),
         "logprob_gap_max": gap_T.max() if gap_T.numel() else gap_T.new_zeros(()),
-        "sign_flips": (delta_T.abs() < gap_T).double().sum(),
         "weight": weight_T.sum(),
     }
     if method.importance_clip is not None:
-        sums["importance_clipped"] = (s_T - b_T > torch.tensor(method.importance_clip).log()).double().sum()
-    if signals.teacher_logprobs_T is not None:
+        sums["importance_clipped"] = (s_T - b_T > math.log(method.importance_clip)).double().sum()
+    if method.teacher:
         sums["reverse_kl"] = -delta_T.sum()
+        sums["sign_flips"] = (delta_T.abs() < gap_T).double().sum()
     if signals.reference_logprobs_T is not None:
         sums["reference_kl"] = (s_T - signals.reference_logprobs_T[mask_T].double()).sum()
     if entropy_T is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+
+from megatron_sgopd.objective.methods import Outcome
 
 
 def outcome_advantage(
     outcomes_N: torch.Tensor,
     group_ids_N: torch.Tensor,
-    mode: Literal["none", "pm1", "group", "group_centered"],
+    mode: Outcome,
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """o_i for each of N responses.

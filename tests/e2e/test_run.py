@@ -24,6 +24,13 @@ def test_the_run_writes_its_files(main_run: Finished):
     assert (main_run.folder / "recipe.yaml").is_file()
 
 
+def test_a_finished_run_says_so_and_is_left_alone(main_run: Finished):
+    before = (main_run.folder / "metrics.jsonl").read_bytes()
+    again = succeed(main_run.folder, {"train.steps": 11})
+    assert "has all its 11 steps already" in again.output
+    assert (main_run.folder / "metrics.jsonl").read_bytes() == before
+
+
 def test_progress_is_one_line_a_step_on_the_terminal_and_nothing_else_of_the_libraries(main_run: Finished):
     lines = main_run.output.splitlines()
     assert sum(line.startswith("step ") for line in lines) == 11
