@@ -28,7 +28,7 @@ def outcome_advantage(
     if mode == "pm1":
         return 2 * outcomes_N - 1
     mean_N, uniform_N = _group_mean(outcomes_N, group_ids_N), uniform_groups(outcomes_N, group_ids_N)
-    # A rounded mean would leave a trace of 1e-8 in a uniform group, whose sign the gate would read.
+    # In low precision the mean of ones need not be 1, and the gate would read the sign of the smallest remainder.
     centered_N = torch.where(uniform_N, 0.0, outcomes_N - mean_N)
     if mode == "group_centered":
         return centered_N

@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_sgopd.errors import ConfigError
 
-MAX_ANSWER = 2000
-"""Characters; an extracted answer that is longer is wrong unseen, since parsers are slow on it."""
+MAX_ANSWER = 1000
+"""Characters by which an answer may exceed the reference; a longer one is wrong unseen, since parsers are slow."""
 
 
 @dataclass(frozen=True)
@@ -38,46 +38,63 @@ class VerifierResult:
     extracted: str | None
     """The answer as found in the response."""
     reason: str
-    """right, wrong, no answer, too long, unreadable (by the verifier); timeout, memory, crashed (by the pool);
-    truncated (never given to a verifier)."""
+    """right, wrong, no answer, too long (by the verifier); unreadable (EXCEPTION), timeout, memory, crashed (by the
+    pool, where the verifier raised, was too slow, took too much, or died); truncated (never given to a verifier)."""
 
 
 Verifier = Callable[[VerifyRequest], VerifierResult]
-
-_BUILT_IN = {
-    "math": "megatron_sgopd.verify.math:verify",
-    "task": "megatron_sgopd.verify.tasks:verify",
-    "exact": "megatron_sgopd.verify.base:exact",
-}
 
 
 def resolve_verifier(name: str) -> Verifier:
     """The verifier that a recipe names: math, task, exact, or import.path:function.
 
+    The built-in ones import their libraries at their first call.
+
     Raises:
-        ConfigError: no such name, module or function.
+        ConfigError: no such name, module or function, or a module that fails when imported.
     """
-    module_name, _, function_name = _BUILT_IN.get(name, name).partition(":")
-    if not function_name:
-        near = difflib.get_close_matches(name, _BUILT_IN, n=1)
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module_name, _, function_name = name.partition(":")
+    if not (module_name and function_name):
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"unknown verify.verifier {name!r}: {hint}Known: {', '.join(_BUILT_IN)}, or import.path:function"
+            f"unknown verify.verifier {name!r}: {hint}Known: {', '.join(BUILT_IN)}, or import.path:function"
         )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"verify.verifier {name!r} cannot be imported: {error}") from None
+    except Exception as error:  # the user's module may raise anything
+        raise ConfigError(
+            f"verify.verifier {name!r} cannot be imported ({type(error).__name__}: {error}): "
+            "give import.path:function of a module that `python -c 'import import.path'` finds"
+        ) from error
     if not callable(function):
         raise ConfigError(f"verify.verifier {name!r} is a {type(function).__name__}, not a function")
     return function
 
 
+def _math(request: VerifyRequest) -> VerifierResult:
+    from megatron_sgopd.verify.math import verify
+
+    return verify(request)
+
+
+def _task(request: VerifyRequest) -> VerifierResult:
+    from megatron_sgopd.verify.tasks import verify
+
+    return verify(request)
+
+
 def exact(request: VerifyRequest) -> VerifierResult:
-    """Right if the extracted answer, or else the whole response, is the reference answer, spaces aside."""
-    extracted = extract_answer(request.response)
-    text = request.response.strip() if extracted is None else extracted
-    return judged(text == request.answer.strip(), text)
+    """Right if the stated answer is the reference answer to the letter, spaces around it aside."""
+    answer = stated_answer(request.response)
+    if answer is None:
+        return VerifierResult(0, None, "no answer")
+    return judged(answer == request.answer.strip(), answer)
+
+
+BUILT_IN: dict[str, Verifier] = {"math": _math, "task": _task, "exact": exact}
 
 
 def judged(right: bool, extracted: str) -> VerifierResult:
@@ -85,8 +102,25 @@ def judged(right: bool, extracted: str) -> VerifierResult:
     return VerifierResult(int(right), extracted, "right" if right else "wrong")
 
 
-ANSWER_MARKERS = ("\\boxed{", "<answer>", "####")
+# ---- Finding the answer ----------------------------------------------------------------------------------
+
+_MARKERS = ("\\boxed{", "<answer>", "####")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def last_line(response: str) -> str:
+    """The last line that is not blank."""
+    return response.strip().rpartition("\n")[2].strip()
+
+
+def stated_answer(response: str, unmarked: Callable[[str], str] = last_line) -> str | None:
+    """The marked answer, or what `unmarked` finds in a response without any mark.
+
+    None where there is none: an empty one, or one that was begun and not closed.
+    """
+    if any(marker in response for marker in _MARKERS):
+        return extract_answer(response) or None
+    return unmarked(response) or None
 
 
 def extract_answer(response: str) -> str | None:

@@ -12,18 +12,23 @@ from reasoning_gym import get_score_answer_fn
 from reasoning_gym.factory import DATASETS
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.verify.base import MAX_ANSWER, VerifierResult, VerifyRequest, extract_answer, judged
+from megatron_sgopd.verify.base import MAX_ANSWER, VerifierResult, VerifyRequest, judged, stated_answer
 
 _EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
 
 
 def verify(request: VerifyRequest) -> VerifierResult:
-    """Right if the task's scorer gives full marks: its partial marks are for form, not for being half right."""
-    extracted = extract_answer(request.response)
+    """Right if it is the reference answer, or the task's scorer gives full marks.
+
+    The scorers' partial marks are for form or nearness, not for being half right: many give 0.01 to any text.
+    """
+    extracted = stated_answer(request.response)
     if extracted is None:
         return VerifierResult(0, None, "no answer")
-    if len(extracted) > MAX_ANSWER:
-        return VerifierResult(0, extracted[:80], "too long")
+    if len(extracted) > MAX_ANSWER + len(request.answer):
+        return VerifierResult(0, extracted, "too long")
+    if extracted == request.answer.strip():
+        return judged(True, extracted)
     entry = {"question": request.prompt, "answer": request.answer, "metadata": request.metadata}
     return judged(scorer(request.task)(extracted, entry) >= 1.0 - 1e-9, extracted)
 

@@ -1,7 +1,7 @@
 """python -m megatron_sgopd.verify.worker VERIFIER MEMORY_LIMIT    (started by pool.py)
 
 Judges answers, one JSON line in and one out, in a process that can be killed without loss. It imports neither
-torch nor the training script.
+torch nor the training script. What a verifier prints is lost, and it can write no files.
 """
 
 from __future__ import annotations
@@ -14,27 +14,51 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from megatron_sgopd.verify.base import Verifier, VerifierResult, VerifyRequest, resolve_verifier
+from megatron_sgopd.verify.base import (
+    BUILT_IN,
+    MAX_ANSWER,
+    Verifier,
+    VerifierResult,
+    VerifyRequest,
+    resolve_verifier,
+)
 
 _PR_SET_PDEATHSIG = 1
+_FIRST = VerifyRequest("", "\\boxed{(x+1)^2}", "x^2+2x+1", "", {})
+"""Judged before any other, since the libraries import and build much at their first answer."""
 
 
 def main() -> None:
     """Answer requests until the input ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    verifier_name, memory_limit = sys.argv[1], int(sys.argv[2])
+    # A batch system warns every process of a job, and the answers are still wanted while the run saves itself.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    name, memory_limit = sys.argv[1], int(sys.argv[2])
     logging.disable(logging.WARNING)  # math-verify warns at every answer that it has no time limit of its own
     requests, replies = _private_pipes()
-    verifier = resolve_verifier(verifier_name)
+    verifier = resolve_verifier(name)
+    if name in BUILT_IN:
+        _judge(verifier, _FIRST)
+        sys.addaudithook(refuse_generated_code)
     _limit_resources(memory_limit)
-    replies.write("ready\n")
-    replies.flush()
+    _send(replies, "ready")
     for line in requests:
-        result = _judge(verifier, VerifyRequest(**json.loads(line)))
-        replies.write(json.dumps([result.outcome, result.extracted, result.reason]) + "\n")
-        replies.flush()
+        _send(replies, _judge(verifier, VerifyRequest(**json.loads(line))))
+
+
+def refuse_generated_code(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: sympy may not compile expressions, whose names are spelled as the response spelled them.
+
+    It does so for the numerical value of infinite sums.
+
+    Raises:
+        PermissionError: in place of the compilation.
+    """
+    if event == "compile" and str(arguments[1]).startswith("<lambdifygenerated"):
+        raise PermissionError("an answer must not be compiled")
 
 
 def _private_pipes() -> tuple[IO[str], IO[str]]:
@@ -58,13 +82,23 @@ def _limit_resources(memory_limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
-def _judge(verifier: Verifier, request: VerifyRequest) -> VerifierResult:
+def _judge(verifier: Verifier, request: VerifyRequest) -> list[Any] | str:
+    """The result's fields, or what is wrong with a verifier that gives no proper result."""
     try:
-        return verifier(request)
+        result = verifier(request)
     except MemoryError:
-        return VerifierResult(0, None, "memory")
+        result = VerifierResult(0, None, "memory")
     except Exception as error:  # whatever a parser does on hostile text, the answer is wrong and the worker lives
-        return VerifierResult(0, None, f"unreadable ({type(error).__name__})")
+        result = VerifierResult(0, None, f"unreadable ({type(error).__name__})")
+    if not isinstance(result, VerifierResult) or result.outcome not in (0, 1):
+        return f"returned {str(result)[:200]}, not a VerifierResult with outcome 0 or 1"
+    extracted = None if result.extracted is None else result.extracted[:MAX_ANSWER]
+    return [int(result.outcome), extracted, result.reason]
+
+
+def _send(replies: IO[str], message: list[Any] | str) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.objective.gate import AGREE, CONFLICT
-from megatron_sgopd.objective.loss import TokenSignals, coefficients, on_policy_loss, token_update
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, on_policy_loss, token_update, trajectory_gate
 from megatron_sgopd.objective.methods import METHODS, Method, method_from_settings
 from megatron_sgopd.objective.metrics import metric_sums, metrics_from_sums
 from megatron_sgopd.objective.outcome import outcome_advantage, uniform_groups
@@ -192,6 +192,13 @@ def test_rgopd_keeps_whole_responses_by_the_sign_of_their_sum() -> None:
     assert torch.equal(advantage_T, expected_T)
 
 
+def test_the_trajectory_gate_drops_responses_at_its_margin() -> None:
+    preferences = [(0.5, 1.0), (0.75, 1.0), (-0.5, -1.0), (-0.75, -1.0), (-0.75, 0.0), (0.75, 0.0)]
+    delta_T, o_T = torch.tensor(preferences, dtype=torch.float64).unbind(1)
+    keep_T = trajectory_gate(delta_T, o_T, torch.arange(6), margin=0.5)
+    assert keep_T.tolist() == [False, True, False, True, True, False]
+
+
 def test_importance_weights_are_ratios_cut_at_c() -> None:
     method = method_from_settings("opd", importance_clip=1.5)
     s_T, signals, _ = batch(10, method)
@@ -214,11 +221,12 @@ def test_outcome_advantages() -> None:
     assert uniform_groups(outcomes_N, groups_N).tolist() == [False] * 4 + [True] * 4
 
 
-def test_uniform_groups_have_no_advantage_in_float32() -> None:
-    sizes = torch.arange(1, 50)  # the mean of that many ones is not 1 for each of them
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_uniform_groups_have_no_advantage_in_any_precision(dtype: torch.dtype) -> None:
+    sizes = torch.tensor([1, 2, 3, 49, 300])  # bfloat16 cannot count to 300
     ids_N = torch.arange(len(sizes)).repeat_interleave(sizes)
     for outcome in (0.0, 1.0):
-        assert (outcome_advantage(torch.full((len(ids_N),), outcome), ids_N, "group") == 0).all()
+        assert (outcome_advantage(torch.full((len(ids_N),), outcome, dtype=dtype), ids_N, "group") == 0).all()
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------

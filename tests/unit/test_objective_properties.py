@@ -113,6 +113,11 @@ def test_classes_partition_the_tokens_by_the_definition(pairs: list[tuple[float,
         assert found == (NEUTRAL if abs(delta) <= tau else AGREE if agrees else CONFLICT)
 
 
+def test_the_gate_sees_signs_whose_product_would_underflow() -> None:
+    small_T = torch.tensor([1e-200, -1e-200], dtype=torch.float64)
+    assert gate(small_T, small_T, 0.0).tolist() == [AGREE, AGREE]
+
+
 @given(rollouts(), st.sampled_from(["group", "group_centered"]))
 def test_a_group_decides_its_outcome_advantages_alone(data: Rollouts, mode: Any) -> None:
     advantage_N = outcome_advantage(data.outcomes_N, data.groups_N, mode)
@@ -127,6 +132,46 @@ def test_a_group_decides_its_outcome_advantages_alone(data: Rollouts, mode: Any)
         assert uniform_N[in_group_N].tolist() == [len(outcomes.unique()) == 1] * len(outcomes)
     assert (advantage_N[uniform_N] == 0).all()
     assert torch.equal(torch.sign(advantage_N[~uniform_N]), 2 * data.outcomes_N[~uniform_N] - 1)
+
+
+# ---- A_t, token by token -----------------------------------------------------------------------------------
+
+
+@given(rollouts(), st.data())
+def test_an_update_is_what_the_equations_say(data: Rollouts, draw: st.DataObject) -> None:
+    agree, conflict, eta_agree, eta_conflict = draw.draw(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, 1.8])] * 4))
+    method = Method(
+        "any",
+        agree,
+        conflict,
+        eta_agree,
+        eta_conflict,
+        reference=draw.draw(st.sampled_from(["initial", "live"])),
+        outcome=draw.draw(st.sampled_from(["none", "pm1", "group", "group_centered"])),
+        trajectory_gate=draw.draw(st.booleans()),
+        trajectory_margin=draw.draw(st.sampled_from([0.0, 0.5])),
+        noise_floor=draw.draw(NOISE_FLOORS),
+    )
+    signals = data.signals(method)
+    found = token_update(data.student_logprobs_T, signals, method).advantage_T.tolist()
+    advantages, trajectories = signals.outcome_advantage_T.tolist(), data.trajectory_T.tolist()
+    preferences: dict[int, float] = {}
+    rows = list(zip(*data.logprobs_4T.tolist(), advantages, trajectories, strict=True))
+    for s, q, _, _, _, trajectory in rows:
+        preferences[trajectory] = preferences.get(trajectory, 0.0) + q - s
+    for (s, q, r, _, o, trajectory), advantage in zip(rows, found, strict=True):
+        delta, margin = q - s, method.trajectory_margin
+        d = q - r if method.reference == "initial" else delta
+        if abs(delta) <= method.noise_floor:
+            kappa, eta = 1.0, eta_conflict
+        elif o * delta > 0:
+            kappa, eta = agree, eta_agree
+        else:
+            kappa, eta = conflict, eta_conflict
+        preference = preferences[trajectory]
+        keep = preference > margin if o > 0 else preference < -margin
+        expected = delta + (kappa - 1) * d + eta * o if keep or not method.trajectory_gate else 0.0
+        assert advantage == expected
 
 
 # ---- Signs of A_t ------------------------------------------------------------------------------------------
@@ -263,6 +308,7 @@ def _nothing_but_the_kept_counts(
     outcomes_T = torch.full_like(student_logprobs_T, 1.0)
     outcomes_T[keep_T] = data.outcomes_T[kept_tokens]
     update, short_update = token_update(s_T.detach(), signals, method), token_update(short_s_T, short, method)
+    assert (update.weight_T[~keep_T] == 0).all() and (update.advantage_T[~keep_T] == 0).all()
     found = metric_sums(s_T.detach(), signals, update, outcomes_T, -s_T.detach(), method)
     expected = metric_sums(short_s_T, short, short_update, data.outcomes_T[kept_tokens], -short_s_T, method)
     assert found.keys() == expected.keys()
