@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_sgopd import __version__
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import LOGS, SUMMARY
+from megatron_sgopd.processes import die_with_parent
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
@@ -138,6 +139,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
         process = subprocess.Popen(
             [*command, "-m", "megatron_sgopd.pretrain", *flags],
             stderr=launcher_log,
+            preexec_fn=die_with_parent,
             env={"OMP_NUM_THREADS": threads, **os.environ},
         )
         try:

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.logprobs import fused_policy_loss, target_logprobs
 from megatron_sgopd.models.microbatch import Microbatch, forward, output_head, response_hidden
-from megatron_sgopd.objective.loss import TokenSignals, coefficients, token_update
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, on_policy_loss, token_update
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.objective.metrics import Sums, add_sums, metric_sums, metrics_from_sums
 from megatron_sgopd.platform import current
@@ -83,8 +83,7 @@ class PolicyStep:
         signals = self._signals[context.span].to(hidden_TH.device)
         if self._method.needs_whole_responses:
             logprobs_T, entropy_T = target_logprobs(hidden_TH, head, context.targets_T, with_entropy=True)
-            weights_T = coefficients(logprobs_T.detach(), signals, self._method, normalizer=1.0)
-            loss = -(weights_T * logprobs_T).sum()
+            loss = on_policy_loss(logprobs_T, signals, self._method, normalizer=1.0)
         else:
             loss, logprobs_T, entropy_T = fused_policy_loss(
                 hidden_TH,

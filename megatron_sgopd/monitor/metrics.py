@@ -40,7 +40,9 @@ class Monitor:
         self._seconds += metrics["seconds"]
         _to_megatron_writers(metrics)
         if self._writes:
-            _append(self._folder / METRICS, metrics)
+            # JSON has no NaN: the mean of nothing is null.
+            known = {name: None if value != value else value for name, value in metrics.items()}
+            _append(self._folder / METRICS, known)
             self._console.print(self._progress(metrics))
 
     def _progress(self, m: dict[str, Any]) -> str:

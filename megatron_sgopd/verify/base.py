@@ -88,7 +88,7 @@ def _task(request: VerifyRequest) -> VerifierResult:
 
 def exact(request: VerifyRequest) -> VerifierResult:
     """Right if the stated answer is the reference answer to the letter, spaces around it aside."""
-    answer = stated_answer(request.response)
+    answer = stated_answer(request)
     if answer is None:
         return VerifierResult(0, None, "no answer")
     return judged(answer == request.answer.strip(), answer)
@@ -108,19 +108,19 @@ _MARKERS = ("\\boxed{", "<answer>", "####")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def last_line(response: str) -> str:
-    """The last line that is not blank."""
-    return response.strip().rpartition("\n")[2].strip()
+def last_lines(request: VerifyRequest) -> str:
+    """The end of the response: as many lines as the reference has."""
+    return "\n".join(request.response.strip().split("\n")[-1 - request.answer.strip().count("\n") :]).strip()
 
 
-def stated_answer(response: str, unmarked: Callable[[str], str] = last_line) -> str | None:
+def stated_answer(request: VerifyRequest, unmarked: Callable[[VerifyRequest], str] = last_lines) -> str | None:
     """The marked answer, or what `unmarked` finds in a response without any mark.
 
     None where there is none: an empty one, or one that was begun and not closed.
     """
-    if any(marker in response for marker in _MARKERS):
-        return extract_answer(response) or None
-    return unmarked(response) or None
+    if any(marker in request.response for marker in _MARKERS):
+        return extract_answer(request.response) or None
+    return unmarked(request) or None
 
 
 def extract_answer(response: str) -> str | None:

@@ -19,7 +19,6 @@ from megatron_sgopd.verify.base import (
     VerifyRequest,
     extract_answer,
     judged,
-    last_line,
     stated_answer,
 )
 
@@ -35,7 +34,7 @@ def verify(request: VerifyRequest) -> VerifierResult:
     as fractions. A reference of three letters or more is a word, not a product of variables. The rest goes to
     math-verify as LaTeX.
     """
-    extracted = stated_answer(request.response, _final_expression)
+    extracted = stated_answer(request, _final_expression)
     if extracted is None:
         return VerifierResult(0, None, "no answer")
     if len(extracted) > MAX_ANSWER + len(request.answer):
@@ -84,13 +83,13 @@ _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _NUMBERS = re.compile(r"[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?")
 
 
-def _final_expression(response: str) -> str:
+def _final_expression(request: VerifyRequest) -> str:
     """The formula that ends on the last line; else, on that line, the last number among words, or all of it."""
-    end = response.rstrip()[-MAX_ANSWER:]
+    end = request.response.strip()[-MAX_ANSWER:]
     formulas = list(_FORMULA.finditer(end))
     if formulas and "\n" not in end[formulas[-1].end() :]:
         return next(group for group in formulas[-1].groups() if group is not None)
-    line = last_line(end)
+    line = end.rpartition("\n")[2]
     numbers = _NUMBERS.findall(line)
     if numbers and _WORDS.search(line):
         return numbers[-1]

@@ -22,7 +22,7 @@ def verify(request: VerifyRequest) -> VerifierResult:
 
     The scorers' partial marks are for form or nearness, not for being half right: many give 0.01 to any text.
     """
-    extracted = stated_answer(request.response)
+    extracted = stated_answer(request)
     if extracted is None:
         return VerifierResult(0, None, "no answer")
     if len(extracted) > MAX_ANSWER + len(request.answer):

@@ -6,7 +6,6 @@ torch nor the training script. What a verifier prints is lost, and it can write 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_sgopd.processes import die_with_parent
 from megatron_sgopd.verify.base import (
     BUILT_IN,
     MAX_ANSWER,
@@ -25,14 +25,13 @@ from megatron_sgopd.verify.base import (
     resolve_verifier,
 )
 
-_PR_SET_PDEATHSIG = 1
 _FIRST = VerifyRequest("", "\\boxed{(x+1)^2}", "x^2+2x+1", "", {})
 """Judged before any other, since the libraries import and build much at their first answer."""
 
 
 def main() -> None:
     """Answer requests until the input ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # A batch system warns every process of a job, and the answers are still wanted while the run saves itself.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

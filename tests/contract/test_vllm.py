@@ -2,14 +2,10 @@
 
 import inspect
 
-from megatron_sgopd.platform import select
-
-select("cpu")
-
-import vllm  # noqa: E402
-from vllm.v1.engine.core import EngineCore  # noqa: E402
-from vllm.v1.engine.core_client import InprocClient  # noqa: E402
-from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
+import vllm
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.worker.gpu_worker import Worker
 
 
 def test_sampling_parameters_have_seeds_and_flat_logprobs():

@@ -1,8 +1,6 @@
 """What a whole run shows: rollouts from the trained policy, time explained, files written."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -87,8 +85,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(main_run: Finished,
     changes = {"train.steps": 11, "checkpoint.every": 4}
     process = start(tmp_path, changes)
     wait_for_step(tmp_path, 6, process)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 11, "it ended before it could be killed"
     resumed = succeed(tmp_path, changes)
     assert "step 5/11" in resumed.output and "step 4/11" not in resumed.output
     assert [line["step"] for line in resumed.metrics] == list(range(1, 12))

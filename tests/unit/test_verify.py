@@ -1,15 +1,19 @@
 """Verifiers judge like a careful reader, and the pool keeps its limits."""
 
+import json
 import os
+import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.verify.base import VerifyRequest, exact, extract_answer, resolve_verifier
+from megatron_sgopd.verify.base import VerifierResult, VerifyRequest, exact, extract_answer, judged, resolve_verifier
 from megatron_sgopd.verify.pool import VerifierPool
 
 MATH = resolve_verifier("math")
@@ -48,6 +52,29 @@ RIGHT = [
     ("-\\frac{1}{3}", "\\boxed{\\frac{-1}{3}}"),
     ("2^{10}", "\\boxed{1024}"),
     ("yes", "<answer>Yes.</answer>"),
+    ("no solution", "\\boxed{\\text{no solution}}"),
+    ("A", "\\boxed{\\textbf{(A)}}"),
+    ("\\$5.00", "\\boxed{5}"),
+    ("5", "\\boxed{5 \\text{ cm}}"),
+    ("90^\\circ", "\\boxed{90}"),
+    ("1.5", "\\boxed{1\\frac{1}{2}}"),
+    ("-7", "\\boxed{−7}"),
+    ("3+4i", "\\boxed{4i+3}"),
+    ("x>2", "\\boxed{2<x}"),
+    ("x=5", "\\boxed{5}"),
+    ("5", "\\boxed{x=5}"),
+    ("5,7", "\\boxed{7, 5}"),
+    ("(-\\infty,1)\\cup(2,\\infty)", "\\boxed{(2,\\infty)\\cup(-\\infty,1)}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{bmatrix}1\\\\2\\end{bmatrix}}"),
+    ("\\frac{1}{3}", "\\boxed{0.333333}"),
+    ("\\sin^2 x+\\cos^2 x", "\\boxed{1}"),
+    ("7", "$$7$$"),
+    ("7", "so\n\\[\nx = 7\n\\]"),
+    ("7", "we get \\(x=7\\)."),
+    ("7", "first $3$,\nso the answer is 7."),
+    ("7", "**7**"),
+    ("x^2+1", "x^2+1"),
+    ("[0,1)", "[0,1)"),
 ]
 WRONG = [
     ("42", "so it is 43"),
@@ -64,6 +91,16 @@ WRONG = [
     ("42", "\\boxed{" + "4" * 5000 + "}"),
     ("1", "1/0"),
     ("12", "<answer>1 2 3</answer>"),
+    ("evil", "\\boxed{live}"),
+    ("Paris", "\\boxed{\\text{sirap}}"),
+    ("(5,7)", "\\boxed{(7,5)}"),
+    ("x=5", "\\boxed{y=5}"),
+    ("12", "\\boxed{12, 13}"),
+    ("12", "\\boxed{12 \\text{ or } 13}"),
+    ("-\\infty", "\\boxed{\\infty}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\3\\end{pmatrix}}"),
+    ("\\pi", "\\boxed{3.14}"),
+    ("7", "7 apples out of 9"),
 ]
 
 
@@ -86,19 +123,38 @@ def test_extraction_prefers_the_last_box_then_the_last_tag_then_the_hashes():
 
 def test_exact_compares_letters():
     assert exact(request("<answer> ab </answer>", "ab ")).outcome == 1
+    assert exact(request("let me see\nab", "ab")).outcome == 1
     assert exact(request("ab", "Ab")).outcome == 0
+    assert exact(request("<answer>ab", "ab")).reason == "no answer"
+    assert exact(request(" \n", "")).reason == "no answer"
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "spell_backward"])
+@pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "spell_backward", "rearc"])
 def test_reasoning_gym_scores_its_own_answers(task: str):
     import reasoning_gym
 
     verifier = resolve_verifier("task")
     for entry in reasoning_gym.create_dataset(task, size=5, seed=1):
-        good = request(f"<answer>{entry['answer']}</answer>", entry["answer"], task, **entry["metadata"])
-        assert verifier(good).outcome == 1
-        assert verifier(request("<answer>none</answer>", entry["answer"], task, **entry["metadata"])).outcome == 0
-        assert verifier(request(entry["answer"], entry["answer"], task, **entry["metadata"])).reason == "no answer"
+        # As JSON, which prompts travel in: rearc's own scorer then no longer knows its own answer.
+        reference, metadata = entry["answer"], json.loads(json.dumps(entry["metadata"]))
+        assert verifier(request(f"<answer>{reference}</answer>", reference, task, **metadata)).outcome == 1
+        assert verifier(request(f"I think\n{reference}", reference, task, **metadata)).outcome == 1
+        assert verifier(request("<answer>none</answer>", reference, task, **metadata)).outcome == 0
+        assert verifier(request(f"<answer>{reference}", reference, task, **metadata)).reason == "no answer"
+
+
+def test_a_task_may_accept_other_answers_than_the_reference():
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset("word_ladder", size=1, seed=1)[0]
+    spaced = entry["answer"].replace(",", ", ")
+    results = [
+        resolve_verifier("task")(
+            request(f"<answer>{text}</answer>", entry["answer"], "word_ladder", **entry["metadata"])
+        )
+        for text in (spaced.lower(), spaced + ",XX")
+    ]
+    assert [r.outcome for r in results] == [1, 0]
 
 
 @pytest.mark.parametrize("task", ["spiral_matrix", "countdown", "polynomial_multiplication", "n_queens"])
@@ -113,14 +169,35 @@ def test_scorers_that_evaluate_the_answer_are_refused(task: str):
     ("name", "message"),
     [
         ("maths", "did you mean 'math'"),
+        ("", "Known: math, task, exact, or import.path:function"),
+        ("module:", "Known: math, task, exact, or import.path:function"),
         ("nowhere.module:check", "cannot be imported"),
         ("os.path:nothing", "cannot be imported"),
+        ("broken_module:check", "cannot be imported .ZeroDivisionError"),
         ("sys:path", "is a list, not a function"),
     ],
 )
-def test_unknown_verifiers_are_refused(name: str, message: str):
+def test_unknown_verifiers_are_refused(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=message):
         resolve_verifier(name)
+
+
+def test_naming_a_built_in_verifier_imports_no_libraries():
+    code = "import sys; from megatron_sgopd.verify.base import resolve_verifier as r; r('math'), r('task'); "
+    code += "sys.exit(any(m in sys.modules for m in ('sympy', 'math_verify', 'reasoning_gym')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_sympy_cannot_compile_an_answer():
+    code = (
+        "import sys, sympy; from megatron_sgopd.verify.worker import refuse_generated_code as refuse; "
+        "f = sympy.lambdify([], sympy.Function('print')(7)); f(); sys.addaudithook(refuse); sympy.lambdify([], 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert done.stdout == "7\n", "sympy runs the names in an expression: what the hook is there for"
+    assert "PermissionError: an answer must not be compiled" in done.stderr
 
 
 # ---- The pool; this module is also the verifier that misbehaves ------------------------------------------
@@ -128,14 +205,17 @@ def test_unknown_verifiers_are_refused(name: str, message: str):
 
 def misbehave(r: VerifyRequest):
     """A verifier that does what the response says."""
-    from megatron_sgopd.verify.base import judged
-
     if r.response == "sleep":
         time.sleep(60)
+    if r.response == "child":
+        subprocess.run(["sleep", r.answer])
     if r.response == "exit":
         os._exit(3)
     if r.response == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if r.response == "signals":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
     if r.response == "memory":
         bytearray(2**32)
     if r.response == "raise":
@@ -143,26 +223,34 @@ def misbehave(r: VerifyRequest):
     if r.response == "write":
         Path(r.answer).write_text("x" * 100)
     if r.response == "print":
-        print('{"outcome": 1}\n[1, null, "right"]', flush=True)
+        print('[1, null, "right"]', flush=True)
         sys.stdin.read()
-    return judged(r.response == "good", r.response)
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    if r.response == "bool":
+        return True
+    if r.response == "who":
+        return judged(True, str(os.getpid()))
+    return judged(r.response[-4:] == "good", r.response)
 
 
 def test_faults_cost_one_answer_each_and_order_is_kept():
-    script = ["good", "sleep", "good", "exit", "memory", "kill", "good", "raise", "print", "good"] * 2
+    script = ["good", "sleep", "good", "exit", "memory", "kill", "good", "raise", "print", "signals", "good"] * 2
     with VerifierPool("test_verify:misbehave", workers=2, time_limit=1.0, memory_limit=2**28) as pool:
         results = pool.submit([request(word) for word in script]).result()
         counters = pool.counters
     reasons = {"good": "right", "sleep": "timeout", "exit": "crashed", "memory": "memory", "kill": "crashed"}
-    reasons |= {"raise": "unreadable (RuntimeError)", "print": "wrong"}
+    reasons |= {"raise": "unreadable (RuntimeError)", "print": "wrong", "signals": "wrong"}
     assert [r.reason for r in results] == [reasons[word] for word in script]
     assert [r.outcome for r in results] == [int(word == "good") for word in script]
     assert counters == {"timeout": 2, "memory": 2, "crashed": 4, "unreadable": 2}
+
+
+def test_a_worker_is_replaced_after_a_fault_and_only_then():
+    script = ["who", "raise", "who", "memory", "who", "kill", "who"]
+    with VerifierPool("test_verify:misbehave", time_limit=5.0, memory_limit=2**28) as pool:
+        results = pool.submit([request(word) for word in script]).result()
+    first, second, third, fourth = (r.extracted for r in results[::2])
+    assert first == second
+    assert len({second, third, fourth}) == 3
 
 
 def test_a_verifier_cannot_leave_files_with_contents(tmp_path: Path):
@@ -173,15 +261,84 @@ def test_a_verifier_cannot_leave_files_with_contents(tmp_path: Path):
     assert not target.exists() or target.read_bytes() == b""
 
 
+def test_what_a_verifier_started_ends_with_it():
+    seconds = f"9{os.getpid()}.25"
+    with VerifierPool("test_verify:misbehave", time_limit=1.0) as pool:
+        (result,) = pool.submit([request("child", seconds)]).result()
+        pool.submit([request("good")]).result()
+    assert result.reason == "timeout"
+    assert not any(seconds in p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"])
+
+
 def test_submitting_returns_at_once_and_batches_do_not_mix():
-    with VerifierPool("test_verify:misbehave", time_limit=5.0) as pool:
+    with VerifierPool("test_verify:misbehave", workers=3, time_limit=5.0) as pool:
         start = time.monotonic()
-        first = pool.submit([request("good")] * 300)
-        second = pool.submit([request("bad")] * 300)
+        batches = [pool.submit([request("good" if i % 3 else "bad")] * (i % 7)) for i in range(300)]
         assert time.monotonic() - start < 0.5
-        assert {r.outcome for r in first.result()} == {1}
-        assert {r.outcome for r in second.result()} == {0}
-        assert pool.submit([]).result() == []
+        for i, batch in enumerate(batches):
+            assert [r.outcome for r in batch.result()] == [int(i % 3 > 0)] * (i % 7)
+
+
+def test_a_hang_is_noticed_behind_a_full_pipe():
+    long = "x" * 1_000_000 + "good"
+    with VerifierPool("test_verify:misbehave", time_limit=1.0) as pool:
+        results = pool.submit([request("sleep"), *[request(long)] * 10]).result()
+    assert [r.reason for r in results] == ["timeout"] + ["right"] * 10
+
+
+def test_more_open_files_than_select_can_watch():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 4096), limits[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with VerifierPool("test_verify:misbehave") as pool:
+            assert pool.submit([request("good")]).result() == [judged(True, "good")]
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_verifier_that_breaks_its_contract_stops_the_run():
+    with VerifierPool("test_verify:misbehave") as pool:
+        pending = pool.submit([request("bool"), request("good")])
+        with pytest.raises(RuntimeError, match="'test_verify:misbehave' returned True, not a VerifierResult"):
+            pending.result()
+        with pytest.raises(RuntimeError, match="not a VerifierResult"):
+            pool.submit([request("good")])
+
+
+def test_a_verifier_that_does_not_start_stops_the_run():
+    with VerifierPool("nowhere.module:check", workers=2) as pool, pytest.raises(RuntimeError, match="did not start"):
+        pool.submit([request("good")] * 3).result()
+
+
+def test_closing_does_not_wait_for_answers():
+    start = time.monotonic()
+    with VerifierPool("test_verify:misbehave", time_limit=60.0) as pool:
+        pool.submit([request("good")]).result()
+        pending = pool.submit([request("sleep")] * 3)
+        time.sleep(0.2)
+        closing = time.monotonic()
+    assert time.monotonic() - closing < 5 < 60 > closing - start
+    with pytest.raises(RuntimeError, match="closed"):
+        pending.result()
+
+
+def test_workers_end_with_the_process_that_started_them():
+    code = (
+        "import os, signal, sys, time; from megatron_sgopd.verify.pool import VerifierPool as P; "
+        "from megatron_sgopd.verify.base import VerifyRequest as R; p = P('test_verify:misbehave', time_limit=60); "
+        "print(p.submit([R('', 'who', '', '', {})]).result()[0].extracted, flush=True); "
+        "p.submit([R('', 'sleep', '', '', {})]); time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_workers_import_neither_torch_nor_megatron():
@@ -190,8 +347,15 @@ def test_workers_import_neither_torch_nor_megatron():
     assert result.extracted == ""
 
 
-def modules(r: VerifyRequest):
+def modules(r: VerifyRequest) -> VerifierResult:
     """Which heavy modules the worker holds."""
-    from megatron_sgopd.verify.base import judged
-
     return judged(True, " ".join(name for name in ("torch", "megatron.core", "vllm") if name in sys.modules))
+
+
+def test_a_verifier_may_lie_beside_the_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_verifier.py").write_text(
+        "from megatron_sgopd.verify.base import judged\ndef check(r): return judged(True, 'mine')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with VerifierPool("my_verifier:check") as pool:
+        assert pool.submit([request("")]).result() == [judged(True, "mine")]
