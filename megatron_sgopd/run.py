@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.checks import Inputs, check_inputs
@@ -145,6 +147,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
     clock = Clock()
     inputs = check_inputs(settings, args.seq_length)
     _check_arguments(settings, args, model)
+    _check_same_prompts(Path(settings.run_dir) / "prompts.digest", inputs.train.digest, args.iteration)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     student = Student(unwrapped(model[0]), inputs.student, groups)
     set_rotary_frequencies(student.model, inputs.student)
@@ -188,6 +191,8 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         args.seq_length,
         args.micro_batch_size,
     )
+    if inputs.train.excluded:
+        monitor.note(f"{inputs.train.excluded} training prompts left out: they are held-out ones")
     monitor.note(f"models and engine are ready after {clock.since_lap():.0f} s")
     if args.iteration == 0:
         run.evaluate("before", 0)
@@ -202,6 +207,22 @@ def _evaluate_teacher(
     rate = pass_rate(engine, verification, inputs.heldout, settings.evaluate, args.seed)
     monitor.evaluation("teacher", 0, rate, len(inputs.heldout), settings.evaluate.samples)
     engine.close()
+
+
+def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:
+    """The position in the prompts follows from the step, so a run goes on only with the prompts it began with.
+
+    Raises:
+        ConfigError: they have changed.
+    """
+    if iteration > 0 and path.is_file() and path.read_text() != digest:
+        raise ConfigError(
+            f"the prompts of this run have changed since it began (digest {digest}, {path} says {path.read_text()}): "
+            "restore them and the tokenizer, or start a new run in another run_dir"
+        )
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(digest)
 
 
 def _check_arguments(settings: Settings, args: Any, model: Any) -> None:

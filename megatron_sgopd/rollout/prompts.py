@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from jinja2 import TemplateError
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 
 REASONING_GYM = "reasoning_gym:"
+_BATCH = 1000  # rows tokenized at a time; a tokenizer's output is many times larger than what is kept of it
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Prompt:
     """One problem, ready for the model."""
 
     id: str
-    """Unique within its source; drawn prompts carry the epoch too."""
+    """Unique within its source and the same in every file format; drawn prompts carry the epoch too."""
     text: str
     """After the chat template."""
     token_ids: tuple[int, ...]
@@ -35,37 +42,49 @@ class Prompt:
     """What the task's own scorer needs; JSON values."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    where: str
-    """Line or index, for messages."""
-    prompt: Any
-    """Text, or chat messages."""
-    answer: Any
-    task: str = ""
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 class PromptSet(Sequence[Prompt]):
-    """All prompts of one source. Token ids are kept in one flat array."""
+    """Prompts in the order of their source, without those in `exclude`; compared by text, after the chat template.
 
-    def __init__(self, rows: Sequence[_Row], texts: Sequence[str], token_ids: Sequence[Sequence[int]], excluded: int):
-        self._rows, self._texts = rows, texts
-        self._offsets = np.cumsum([0, *map(len, token_ids)])
-        self._tokens = np.fromiter((token for ids in token_ids for token in ids), np.int32, int(self._offsets[-1]))
-        self.excluded = excluded
-        """Rows left out because their prompt is among the held-out ones."""
+    Token ids are kept in one flat array, 4 bytes each, and become tuples when a prompt is looked up.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt], exclude: Iterable[Prompt] = ()) -> None:
+        excluded_texts = {prompt.text for prompt in exclude}
+        self.excluded = 0
+        """How many prompts were left out."""
+        self._untokenized: list[Prompt] = []
+        self._tokens, self._ends = array("i"), array("q", [0])
+        for prompt in prompts:
+            if prompt.text in excluded_texts:
+                self.excluded += 1
+                continue
+            self._untokenized.append(dataclasses.replace(prompt, token_ids=()))
+            self._tokens.extend(prompt.token_ids)
+            self._ends.append(len(self._tokens))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._untokenized)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        row = self._rows[index]
-        tokens = self._tokens[self._offsets[index] : self._offsets[index + 1]]
-        return Prompt(row.where, self._texts[index], tuple(tokens.tolist()), row.answer, row.task, row.metadata)
+        token_ids = tuple(self._tokens[self._ends[index] : self._ends[index + 1]])
+        return dataclasses.replace(self._untokenized[index], token_ids=token_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal digest of every field of every prompt, and of their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for p in self._untokenized:
+            digest.update(json.dumps([p.id, p.text, p.answer, p.task, p.metadata], sort_keys=True).encode())
+        digest.update(self._ends.tobytes())
+        digest.update(self._tokens.tobytes())
+        return digest.hexdigest()
 
 
 def load_prompts(settings: PromptSettings, tokenizer: Any, exclude: Sequence[Prompt] = ()) -> PromptSet:
@@ -73,65 +92,106 @@ def load_prompts(settings: PromptSettings, tokenizer: Any, exclude: Sequence[Pro
 
     Args:
         tokenizer: a `transformers` tokenizer.
-        exclude: prompts whose text must not occur.
+        exclude: held-out prompts; those with the same text are left out and counted in `PromptSet.excluded`.
 
     Raises:
         ConfigError: naming the file and line, or the setting, that is wrong.
     """
-    rows = _read(settings)
-    if not rows:
+    if settings.chat_template and not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
+            "prompts as they are, or take an instruction-tuned model's tokenizer"
+        )
+    prompts = PromptSet(_tokenized(_read(settings), settings, tokenizer), exclude)
+    if not prompts and prompts.excluded:
+        raise ConfigError(
+            f"{settings.source}: all {prompts.excluded} prompts are among the held-out ones: give another source, "
+            "or for reasoning-gym more problems, another seed or a wider task"
+        )
+    if not prompts:
         raise ConfigError(f"{settings.source} holds no prompts: give a source with at least one row")
-    for row in rows:
-        _check(row, settings)
-    if settings.chat_template:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
-                "prompts as they are"
-            )
-        texts = [
-            tokenizer.apply_chat_template(_messages(row), add_generation_prompt=True, tokenize=False) for row in rows
-        ]
-    else:
-        texts = [row.prompt for row in rows]
-    heldout = {prompt.text for prompt in exclude}
-    kept = [i for i, text in enumerate(texts) if text not in heldout]
-    excluded = len(rows) - len(kept)
-    rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
-    token_ids = tokenizer(texts, add_special_tokens=not settings.chat_template).input_ids if texts else []
-    for row, ids in zip(rows, token_ids, strict=True):
-        if not 1 <= len(ids) <= (settings.max_prompt_tokens or len(ids)):
-            raise ConfigError(
-                f"{settings.source}, {row.where}: the prompt has {len(ids)} tokens, but 1 to "
-                f"{settings.max_prompt_tokens} are allowed: leave it out, raise max_prompt_tokens, or raise "
-                "train.row_tokens"
-            )
-    return PromptSet(rows, texts, token_ids, excluded)
+    return prompts
 
 
-def _messages(row: _Row) -> list[dict[str, str]]:
-    return [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+@dataclass(frozen=True)
+class _Row:
+    place: str
+    """Source and line or row, for messages."""
+    prompt: Any
+    """Text, or chat messages."""
+    answer: Any
+    task: str = ""
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _check(row: _Row, settings: PromptSettings) -> None:
-    place = f"{settings.source}, {row.where}"
-    messages = isinstance(row.prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in row.prompt
+def _tokenized(rows: Iterator[_Row], settings: PromptSettings, tokenizer: Any) -> Iterator[Prompt]:
+    for batch in itertools.batched(enumerate(rows), _BATCH):
+        texts = [_text(row, settings, tokenizer) for _, row in batch]
+        token_ids = tokenizer(
+            texts, add_special_tokens=not settings.chat_template, return_attention_mask=False, verbose=False
+        ).input_ids
+        for (index, row), text, ids in zip(batch, texts, token_ids, strict=True):
+            if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
+                raise ConfigError(
+                    f"{row.place}: the prompt has {len(ids)} tokens, but at most {settings.max_prompt_tokens} are "
+                    "allowed: leave it out, raise max_prompt_tokens, or raise train.row_tokens"
+                )
+            yield Prompt(f"problem {index}", text, tuple(ids), _answer(row, settings), row.task, row.metadata)
+
+
+def _text(row: _Row, settings: PromptSettings, tokenizer: Any) -> str:
+    """What the model reads."""
+    name = settings.prompt_field
+    messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+    if not _are_messages(messages):
+        raise ConfigError(
+            f"{row.place}: {name!r} must be text or a list of chat messages with role and content, not "
+            f"{_short(row.prompt)}"
+        )
+    if not any(message["content"].strip() for message in messages):
+        raise ConfigError(f"{row.place}: {name!r} is empty: fill it in or leave the row out")
+    for message in messages:
+        _check_unicode(message["role"], row.place, name)
+        _check_unicode(message["content"], row.place, name)
+    if not settings.chat_template:
+        if not isinstance(row.prompt, str):
+            raise ConfigError(f"{row.place}: {name!r} holds chat messages, which need chat_template: true")
+        return row.prompt
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ConfigError(
+            f"{row.place}: the tokenizer's chat template refuses the messages ({error}): change their roles or order"
+        ) from None
+
+
+def _are_messages(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
-    if not (isinstance(row.prompt, str) or (messages and row.prompt)):
+
+
+def _answer(row: _Row, settings: PromptSettings) -> str:
+    """The reference answer; datasets often hold numbers as numbers."""
+    answer, name = row.answer, settings.answer_field
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)) or not str(answer).strip():
         raise ConfigError(
-            f"{place}: {settings.prompt_field!r} must be text or a list of chat messages with role and content, "
-            f"not {_short(row.prompt)}"
+            f"{row.place}: {name!r} is missing or empty ({_short(answer)}), but every prompt needs a reference "
+            + ("answer: choose another task" if row.task else "answer: fill it in or leave the row out")
         )
-    if any("\ud800" <= character <= "\udfff" for character in str(row.prompt)):
-        raise ConfigError(f"{place}: {settings.prompt_field!r} is no valid Unicode text: {_short(row.prompt)}")
-    if messages and not settings.chat_template:
-        raise ConfigError(f"{place}: chat messages need chat_template: true")
-    if not isinstance(row.answer, str) or not row.answer.strip():
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ConfigError(f"{row.place}: {name!r} must be text or a number, not {_short(answer)}: write it as text")
+    _check_unicode(str(answer), row.place, name)
+    return str(answer)
+
+
+def _check_unicode(text: str, place: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         raise ConfigError(
-            f"{place}: {settings.answer_field!r} is missing or empty ({_short(row.answer)}): every prompt "
-            "needs a reference answer"
-        )
+            f"{place}: {name!r} is no valid Unicode text: {_short(text)}: save it as UTF-8, or leave the row out"
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -142,104 +202,179 @@ def _short(value: Any) -> str:
 # ---- Sources ---------------------------------------------------------------------------------------------
 
 
-def _read(settings: PromptSettings) -> list[_Row]:
+def _read(settings: PromptSettings) -> Iterator[_Row]:
     if settings.source.startswith(REASONING_GYM):
-        return _generate(settings, settings.source.removeprefix(REASONING_GYM))
+        return _problems(settings, settings.source.removeprefix(REASONING_GYM))
     path = Path(settings.source)
+    if path.is_dir():
+        return _folder_rows(path, settings)
     if not path.exists():
         raise ConfigError(
             f"{settings.source} does not exist: give a .jsonl or .parquet file, a dataset folder, or "
             f"{REASONING_GYM}TASK"
         )
     if path.suffix == ".jsonl":
-        return list(_json_lines(path, settings))
-    if path.is_dir() or path.suffix == ".parquet":
-        return _dataset_rows(path, settings)
-    raise ConfigError(f"{settings.source} has an unknown suffix {path.suffix!r}: .jsonl and .parquet are read")
+        return _json_lines(path, settings)
+    if path.suffix == ".parquet":
+        return _parquet_rows([str(path)], path, settings)
+    raise ConfigError(
+        f"{settings.source} has an unknown suffix {path.suffix!r}: give a .jsonl or .parquet file, or a dataset folder"
+    )
 
 
 def _json_lines(path: Path, settings: PromptSettings) -> Iterator[_Row]:
-    # A reader of our own, since errors must name the line.
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+    # A reader of our own: errors must name the line, and `datasets` turns the text "1" into the number 1 where
+    # other rows of its column hold something else than text.
+    try:
+        file = path.open(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): change its permissions") from None
+    with file:
         for number, line in enumerate(file, 1):
-            where = f"line {number}"
+            if line.isspace():
+                continue
+            place = f"{path}, line {number}"
             try:
                 value = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}, {where} is no JSON ({error}): {_short(line.strip())}") from None
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"{place} is no JSON ({error}): {_short(line.strip())}: correct or remove it"
+                ) from None
             if not isinstance(value, dict):
-                raise ConfigError(f"{path}, {where} must be an object with fields, not {_short(value)}")
-            _check_fields(value, f"{path}, {where}", settings)
-            yield _Row(where, value[settings.prompt_field], _as_text(value.get(settings.answer_field)))
+                raise ConfigError(f"{place} must be an object with fields, not {_short(value)}: correct or remove it")
+            _check_fields(value, place, settings)
+            yield _Row(place, value[settings.prompt_field], value[settings.answer_field])
 
 
-def _dataset_rows(path: Path, settings: PromptSettings) -> list[_Row]:
+def _folder_rows(path: Path, settings: PromptSettings) -> Iterator[_Row]:
     import datasets
 
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        with _datasets_errors(path):
+            saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            _check_split(saved, path, settings)
+            saved = saved[settings.split]
+        return _dataset_rows(saved, path, settings)
+    with _datasets_errors(path):
+        builder = datasets.load_dataset_builder(str(path))
+    _check_split(builder.config.data_files, path, settings)
+    files = builder.config.data_files[settings.split]
+    if all(file.endswith(".jsonl") for file in files):
+        return itertools.chain.from_iterable(_json_lines(Path(file), settings) for file in files)
+    if all(file.endswith(".parquet") for file in files):
+        return _parquet_rows(files, path, settings)
+    with _datasets_errors(path):
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=settings.split)
+    return _dataset_rows(dataset, path, settings)
+
+
+def _parquet_rows(files: Sequence[str], path: Path, settings: PromptSettings) -> Iterator[_Row]:
+    import datasets
+    from pyarrow.parquet import read_metadata  # type: ignore[import-untyped]
+
+    with _datasets_errors(path):
+        files = [file for file in files if read_metadata(file).num_rows]  # it fails on those that have none
+        if not files:
+            return iter(())
+        dataset = datasets.Dataset.from_parquet(files)
+    return _dataset_rows(dataset, path, settings)
+
+
+def _dataset_rows(dataset: Any, path: Path, settings: PromptSettings) -> Iterator[_Row]:
+    _check_fields(dataset.column_names, str(path), settings)
+    for index, row in enumerate(dataset.select_columns([settings.prompt_field, settings.answer_field])):
+        yield _Row(f"{path}, row {index}", row[settings.prompt_field], row[settings.answer_field])
+
+
+@contextlib.contextmanager
+def _datasets_errors(path: Path) -> Iterator[None]:
+    """One message for what `datasets` cannot read, and neither its progress bars nor its log of the same error."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            dataset = datasets.Dataset.from_parquet(str(path))
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            dataset = datasets.load_from_disk(str(path))
-        else:
-            dataset = datasets.load_dataset(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{path} cannot be read as a dataset: {error}") from None
-    if isinstance(dataset, datasets.DatasetDict):
-        if settings.split not in dataset:
-            raise ConfigError(f"{path} has no split {settings.split!r}: it has {', '.join(dataset)}")
-        dataset = dataset[settings.split]
-    _check_fields(dict.fromkeys(dataset.column_names), str(path), settings)
-    columns = dataset.select_columns([settings.prompt_field, settings.answer_field])
-    return [
-        _Row(f"row {i}", row[settings.prompt_field], _as_text(row[settings.answer_field]))
-        for i, row in enumerate(columns)
-    ]
+        yield
+    except IndexError:  # how it answers to a saved folder that has no rows
+        raise ConfigError(f"{path} holds no prompts: give a source with at least one row") from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(
+            f"{path} cannot be read as a dataset ({reason}): write it again, or give a .jsonl file"
+        ) from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
 
 
-def _check_fields(fields: dict[str, Any], place: str, settings: PromptSettings) -> None:
+def _check_split(splits: Iterable[str], path: Path, settings: PromptSettings) -> None:
+    names = [str(name) for name in splits]
+    if settings.split not in names:
+        raise ConfigError(
+            f"{path} has no split {settings.split!r}, it has {', '.join(names)}: set split to one of them"
+        )
+
+
+def _check_fields(fields: Iterable[str], place: str, settings: PromptSettings) -> None:
+    names = list(fields)
     for setting in ("prompt_field", "answer_field"):
         name = getattr(settings, setting)
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
+        if name not in names:
             raise ConfigError(
-                f"{place} has no field {name!r}, it has {', '.join(fields) or 'none'}: "
-                f"set {setting}" + (f" (to {near[0]!r}?)" if near else "")
+                f"{place} has no field {name!r}, it has {', '.join(names) or 'none'}: set {setting}"
+                + _did_you_mean(name, names)
             )
 
 
-def _as_text(answer: Any) -> Any:
-    """Datasets often hold numeric answers as numbers."""
-    return str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
-
-
-def _generate(settings: PromptSettings, task: str) -> list[_Row]:
+def _problems(settings: PromptSettings, task: str) -> Iterator[_Row]:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS, n=3)
         raise ConfigError(
-            f"reasoning-gym has no task {task!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
+            f"reasoning-gym has no task {task!r}" + _did_you_mean(task, DATASETS) + ": see the gallery of its "
+            "repository for all of them"
         )
+    known = {field.name for field in dataclasses.fields(DATASETS[task][1])} - {"size", "seed"}
+    for name in settings.task_settings:
+        if name in ("size", "seed"):
+            raise ConfigError(f"task_settings.{name} is not read: set {name} itself, beside task_settings")
+        if name not in known:
+            raise ConfigError(
+                f"{task} has no setting {name!r}" + _did_you_mean(name, known) + f", it has {', '.join(sorted(known))}"
+            )
     try:
         dataset = reasoning_gym.create_dataset(task, size=settings.size, seed=settings.seed, **settings.task_settings)
         entries = list(dataset)
-    except (TypeError, ValueError, AssertionError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(DATASETS[task][1]))
+    except Exception as error:  # tasks check their settings as they like, or fail on them anywhere
         raise ConfigError(
-            f"task_settings {settings.task_settings} do not suit {task}: {error}; known: {known}"
+            f"{task} does not work with task_settings {settings.task_settings}: {' '.join(repr(error).split())}: "
+            "change the setting that it names"
         ) from None
-    return [
-        _Row(
-            f"problem {i}",
-            entry["question"],
-            entry["answer"],
-            task,
-            json.loads(json.dumps(entry["metadata"], default=str)),
+    for index, entry in enumerate(entries):
+        metadata = json.loads(json.dumps(entry["metadata"]))
+        if index == 0 and entry["answer"] is not None:
+            _check_survives(task, dataset, entry, metadata)
+        yield _Row(f"{settings.source}, problem {index}", entry["question"], entry["answer"], task, metadata)
+
+
+def _check_survives(task: str, dataset: Any, entry: dict[str, Any], metadata: dict[str, Any]) -> None:
+    # JSON makes lists of tuples, and a scorer that compares tuples would then call every answer wrong.
+    scores = [dataset.score_answer(entry["answer"], entry | {"metadata": m}) for m in (entry["metadata"], metadata)]
+    if scores[0] != scores[1]:
+        raise ConfigError(
+            f"reasoning-gym's scorer of {task!r} gives its own answer {scores[1]} instead of {scores[0]} once the "
+            "problem has been written as JSON, as our records are: choose another task"
         )
-        for i, entry in enumerate(entries)
-    ]
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 # ---- Order -----------------------------------------------------------------------------------------------
@@ -254,7 +389,7 @@ class PromptStream:
     def __init__(self, prompts: PromptSet, seed: int) -> None:
         self._prompts, self._seed = prompts, seed
         self._position = 0
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._order = (0, _shuffled(len(prompts), seed, 0))
 
     def seek(self, position: int) -> None:
         """Go on after `position` prompts from the beginning."""
@@ -265,12 +400,14 @@ class PromptStream:
         drawn = []
         for position in range(self._position, self._position + count):
             epoch, place = divmod(position, len(self._prompts))
-            prompt = self._prompts[int(self._order(epoch)[place])]
+            if epoch != self._order[0]:
+                self._order = (epoch, _shuffled(len(self._prompts), self._seed, epoch))
+            prompt = self._prompts[int(self._order[1][place])]
             drawn.append(dataclasses.replace(prompt, id=f"epoch {epoch}, {prompt.id}"))
         self._position += count
         return drawn
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        # Raw generator output: numpy promises it across versions, which it does not of permutation().
-        raw = np.random.Philox(key=[self._seed, epoch]).random_raw(len(self._prompts))
-        return np.argsort(raw, kind="stable")
+
+def _shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    # Raw generator output: numpy promises it across versions, which it does not of permutation().
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(size), kind="stable")

@@ -1,170 +1,463 @@
-"""Prompts: sources agree, orders repeat, and bad input is named."""
+"""Prompts: sources agree, orders repeat, draws resume, and bad input is named."""
 
 import json
+import logging
+import os
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from pyarrow import parquet  # type: ignore[import-untyped]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import PromptSet, PromptStream, load_prompts
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet, PromptStream, load_prompts
 
-TOKENIZER = AutoTokenizer.from_pretrained(
-    Path(__file__).parents[2] / "examples/arithmetic_cpu/models/student", local_files_only=True
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('no such role') }}{% endif %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-ROWS = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "other": i} for i in range(7)]
-HOSTILE = ["\u202e\u0000", "<|im_end|>", "é" * 50, "{{ 7*7 }}", "𝟚+𝟚"]
+
+
+def byte_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A token for each byte, so that decoding gives back any text; <s> goes before what is not a chat."""
+    alphabet = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+
+
+TOKENIZER = byte_tokenizer()
+ROWS: list[dict[str, Any]] = [{"prompt": f"{i} + {i} =", "answer": str(2 * i), "other": i} for i in range(7)]
+CHAIN_SUM = PromptSettings(source="reasoning_gym:chain_sum", size=20, seed=3, task_settings={"min_terms": 2})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets_cache")))
+        yield
 
 
 def write_lines(path: Path, *lines: object) -> PromptSettings:
-    path.write_bytes(
-        "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines).encode(errors="surrogateescape")
-    )
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return PromptSettings(source=str(path))
 
 
-def load(settings: PromptSettings, **arguments: object) -> PromptSet:
-    return load_prompts(settings, TOKENIZER, **arguments)
+def load(settings: PromptSettings, exclude: PromptSet | tuple[()] = ()) -> PromptSet:
+    return load_prompts(settings, TOKENIZER, exclude)
 
 
 def numbered(count: int) -> PromptSet:
-    class Numbers(PromptSet):
-        def __init__(self) -> None:
-            super().__init__(load_rows(count), [str(i) for i in range(count)], [[i] for i in range(count)], 0)
-
-    return Numbers()
+    return PromptSet(Prompt(f"problem {i}", str(i), (i, i + 1), "0", "", {}) for i in range(count))
 
 
-def load_rows(count: int):
-    from megatron_sgopd.rollout.prompts import _Row
-
-    return [_Row(f"row {i}", str(i), "0") for i in range(count)]
+# ---- Sources ---------------------------------------------------------------------------------------------
 
 
-def test_file_formats_give_the_same_prompts(tmp_path: Path):
-    table = datasets.Dataset.from_list(ROWS)
-    table.to_parquet(tmp_path / "rows.parquet")
-    table.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
-    (tmp_path / "folder").mkdir()
-    table.to_parquet(tmp_path / "folder/rows.parquet")
-    sources = [write_lines(tmp_path / "rows.jsonl", *ROWS)]
-    sources += [PromptSettings(source=str(tmp_path / name)) for name in ("rows.parquet", "saved", "splits", "folder")]
-    loaded = [[(p.text, p.token_ids, p.answer) for p in load(source)] for source in sources]
-    assert all(rows == loaded[0] for rows in loaded)
-    assert len(loaded[0]) == 7
+def as_parquet(table: datasets.Dataset, path: Path) -> PromptSettings:
+    table.to_parquet(path / "rows.parquet")
+    return PromptSettings(source=str(path / "rows.parquet"))
 
 
-def test_chat_messages_go_through_the_template(tmp_path: Path):
+def as_saved_folder(table: datasets.Dataset, path: Path) -> PromptSettings:
+    table.save_to_disk(path / "saved")
+    return PromptSettings(source=str(path / "saved"))
+
+
+def as_saved_splits(table: datasets.Dataset, path: Path) -> PromptSettings:
+    datasets.DatasetDict({"train": table.select([0]), "dev": table}).save_to_disk(path / "splits")
+    return PromptSettings(source=str(path / "splits"), split="dev")
+
+
+def as_parquet_folder(table: datasets.Dataset, path: Path) -> PromptSettings:
+    (path / "parquet").mkdir()
+    table.select([0]).to_parquet(path / "parquet/test.parquet")
+    table.select([]).to_parquet(path / "parquet/train-0.parquet")
+    table.to_parquet(path / "parquet/train-1.parquet")
+    return PromptSettings(source=str(path / "parquet"))
+
+
+def as_json_lines_folder(table: datasets.Dataset, path: Path) -> PromptSettings:
+    (path / "lines").mkdir()
+    rows = table.to_list()
+    write_lines(path / "lines/train-0.jsonl", *rows[:3])
+    write_lines(path / "lines/train-1.jsonl", *rows[3:])
+    write_lines(path / "lines/test.jsonl", rows[0])
+    return PromptSettings(source=str(path / "lines"))
+
+
+def as_csv_folder(table: datasets.Dataset, path: Path) -> PromptSettings:
+    (path / "csv").mkdir()
+    table.to_csv(path / "csv/train.csv")
+    return PromptSettings(source=str(path / "csv"))
+
+
+FORMATS = [as_parquet, as_saved_folder, as_saved_splits, as_parquet_folder, as_json_lines_folder, as_csv_folder]
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_prompts(
+    tmp_path: Path, write: Callable[[datasets.Dataset, Path], PromptSettings]
+) -> None:
+    expected = load(write_lines(tmp_path / "rows.jsonl", *ROWS))
+    loaded = load(write(datasets.Dataset.from_list(ROWS), tmp_path))
+    assert list(loaded) == list(expected)
+    assert loaded.digest == expected.digest
+    assert [p.answer for p in expected] == [row["answer"] for row in ROWS]
+    assert expected[1].text == "[user]1 + 1 =\n[assistant]"
+
+
+def test_problems_of_a_task_are_the_same_prompts_when_they_come_from_a_file(tmp_path: Path) -> None:
+    import reasoning_gym
+
+    entries = reasoning_gym.create_dataset("chain_sum", size=20, seed=3, min_terms=2)
+    generated = load(CHAIN_SUM)
+    read = load(write_lines(tmp_path / "p.jsonl", *({"prompt": e["question"], "answer": e["answer"]} for e in entries)))
+    assert [(p.id, p.text, p.token_ids, p.answer) for p in generated] == [
+        (p.id, p.text, p.token_ids, p.answer) for p in read
+    ]
+    assert {p.task for p in generated} == {"chain_sum"} and {p.task for p in read} == {""}
+
+
+@pytest.mark.parametrize("task", ["chain_sum", "countdown", "sudoku"])
+def test_a_task_judges_its_own_answers_right_by_the_metadata_of_the_prompt(task: str) -> None:
+    import reasoning_gym
+
+    score = reasoning_gym.get_score_answer_fn(task)
+    for prompt in load(PromptSettings(source=f"reasoning_gym:{task}", size=3)):
+        assert json.loads(json.dumps(prompt.metadata)) == prompt.metadata
+        assert score(prompt.answer, {"question": "", "answer": prompt.answer, "metadata": prompt.metadata}) == 1
+
+
+def test_messages_and_text_become_the_same_prompt(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "1 + 1 ="}]
-    settings = write_lines(
-        tmp_path / "chat.jsonl", {"prompt": messages, "answer": "2"}, {"prompt": "1 + 1 =", "answer": 2}
-    )
-    chat, plain = load(settings)
-    assert (
-        chat.text == plain.text == TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    )
-    assert chat.token_ids == tuple(TOKENIZER(chat.text, add_special_tokens=False).input_ids)
-    assert plain.answer == "2"
+    system = [{"role": "system", "content": "Be brief."}, *messages]
+    lines = [{"prompt": messages, "answer": "2"}, {"prompt": "1 + 1 =", "answer": 2}, {"prompt": system, "answer": 2.5}]
+    chat, plain, with_system = load(write_lines(tmp_path / "chat.jsonl", *lines))
+    assert chat.text == plain.text == "[user]1 + 1 =\n[assistant]"
+    assert chat.token_ids == plain.token_ids == tuple(TOKENIZER(chat.text, add_special_tokens=False).input_ids)
+    assert with_system.text == "[system]Be brief.\n[user]1 + 1 =\n[assistant]"
+    assert (chat.answer, plain.answer, with_system.answer) == ("2", "2", "2.5")
 
 
-def test_reasoning_gym_makes_problems_with_what_its_scorer_needs():
-    settings = PromptSettings(source="reasoning_gym:chain_sum", size=20, seed=3, task_settings={"min_terms": 2})
-    prompts = load(settings)
-    assert len(prompts) == 20 and prompts[0].task == "chain_sum"
-    json.dumps(prompts[0].metadata)
-    assert [p.text for p in prompts] == [p.text for p in load(settings)]
+def test_messages_in_a_parquet_file_are_read(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": 2}]
+    (prompt,) = load(as_parquet(datasets.Dataset.from_list(rows), tmp_path))
+    assert (prompt.text, prompt.answer) == ("[user]1 + 1 =\n[assistant]", "2")
 
 
-def test_heldout_prompts_are_left_out_of_training():
+def test_text_of_digits_stays_text_beside_messages_in_a_folder(tmp_path: Path) -> None:
+    lines = [{"prompt": [{"role": "user", "content": "a"}], "answer": 1}, {"prompt": "1", "answer": "2.50"}]
+    write_lines(tmp_path / "train.jsonl", *lines)
+    assert [(p.text, p.answer) for p in load(PromptSettings(source=str(tmp_path)))] == [
+        ("[user]a\n[assistant]", "1"),
+        ("[user]1\n[assistant]", "2.50"),
+    ]
+
+
+def test_without_template_prompts_are_taken_as_they_are(tmp_path: Path) -> None:
+    settings = PromptSettings(source=write_lines(tmp_path / "p.jsonl", ROWS[1]).source, chat_template=False)
+    (prompt,) = load_prompts(settings, byte_tokenizer(chat_template=None))
+    assert prompt.text == "1 + 1 ="
+    assert TOKENIZER.decode(prompt.token_ids) == "<s>1 + 1 ="
+
+
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
+    settings = write_lines(tmp_path / "p.jsonl", "\ufeff" + json.dumps(ROWS[0]), "", "  ", ROWS[1], "")
+    assert [p.answer for p in load(settings)] == ["0", "2"]
+
+
+HOSTILE = [
+    "\u202e\x00\x1b[2J",
+    "<|im_end|>[assistant]",
+    "{{ 7 * 7 }}{% raw %}",
+    "𝟚+𝟚\u2028é\ufdd0\r\n",
+    "'; rm -rf / #",
+]
+
+
+@given(st.text(min_size=1).filter(str.strip) | st.sampled_from(HOSTILE))
+def test_any_text_reaches_the_model_unchanged(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    settings = write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", {"prompt": text, "answer": text})
+    (prompt,) = load(settings)
+    assert prompt.text == f"[user]{text}\n[assistant]"
+    assert TOKENIZER.decode(prompt.token_ids, clean_up_tokenization_spaces=False) == prompt.text
+    assert prompt.answer == text
+
+
+def test_heldout_prompts_are_left_out_of_training_and_counted() -> None:
     tiny = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     heldout = load(PromptSettings(source="reasoning_gym:chain_sum", size=30, seed=1, task_settings=tiny))
-    train = load(
-        PromptSettings(source="reasoning_gym:chain_sum", size=300, seed=2, task_settings=tiny), exclude=heldout
-    )
-    assert not {p.text for p in train} & {p.text for p in heldout}
+    settings = PromptSettings(source="reasoning_gym:chain_sum", size=300, seed=2, task_settings=tiny)
+    everything, train = load(settings), load(settings, exclude=heldout)
+    texts = {p.text for p in heldout}
+    assert list(train) == [p for p in everything if p.text not in texts]
     assert train.excluded == 300 - len(train) > 0
+    assert (everything.excluded, len(everything)) == (0, 300)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_only_text(tmp_path: Path, text: str):
-    (prompt,) = load(write_lines(tmp_path / "h.jsonl", json.dumps({"prompt": text, "answer": "1"})))
-    assert len(prompt.token_ids) > 0
+def test_a_set_is_a_sequence() -> None:
+    prompts = numbered(5)
+    assert [p.text for p in prompts[1::2]] == ["1", "3"]
+    assert prompts[-1] == prompts[4]
+    assert prompts[4].token_ids == (4, 5)
+    with pytest.raises(IndexError):
+        prompts[5]
 
 
-@given(st.integers(1, 20), st.integers(0, 1000), st.lists(st.integers(1, 15), min_size=1, max_size=10))
-def test_any_division_into_draws_gives_the_same_sequence_from_anywhere(size: int, seed: int, draws: list[int]):
-    prompts = numbered(size)
-    whole = PromptStream(prompts, seed).next(sum(draws))
-    stream = PromptStream(prompts, seed)
+def test_digest_tells_any_change() -> None:
+    prompt = Prompt("problem 0", "a", (1, 2), "1", "t", {"k": 1})
+    other = Prompt("problem 1", "b", (3,), "2", "t", {})
+    sets = [[prompt, other], [other, prompt], [prompt]]
+    fields = {"id": "x", "text": "b", "token_ids": (1,), "answer": "2", "task": "", "metadata": {"k": 2}}
+    sets += [[Prompt(**{**vars(prompt), name: value}), other] for name, value in fields.items()]
+    sets += [[Prompt(**{**vars(prompt), "token_ids": (2, 1)}), other]]
+    sets += [[Prompt(**{**vars(prompt), "token_ids": (1,)}), Prompt(**{**vars(other), "token_ids": (2, 3)})]]
+    digests = [PromptSet(prompts).digest for prompts in sets]
+    assert len(set(digests)) == len(sets)
+    assert digests[0] == PromptSet([prompt, other]).digest
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    first = load(as_parquet(table, tmp_path))
+    second = load(as_parquet(table.select(range(3)), tmp_path))
+    assert len(second) == 3 and second.digest != first.digest
+
+
+def test_many_tokens_take_few_bytes_each(tmp_path: Path) -> None:
+    settings = write_lines(tmp_path / "p.jsonl", *({"prompt": f"{i:0400}", "answer": "1"} for i in range(4000)))
+    tracemalloc.start()
+    prompts = load(settings)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(len(p.token_ids) for p in prompts)
+    assert tokens > 1_600_000
+    # 4 bytes are kept, twice while the array grows, beside 1 of text and one batch as Python lists (8 a token,
+    # for a quarter of the rows); lists of all rows would take more than 8 for the tokens alone.
+    assert peak / tokens < 16
+
+
+# ---- Order -----------------------------------------------------------------------------------------------
+
+DRAWS = st.lists(st.integers(0, 15), min_size=1, max_size=10)
+
+
+@given(st.integers(1, 20), st.integers(0, 1000), DRAWS)
+def test_any_division_into_draws_gives_the_same_sequence(size: int, seed: int, draws: list[int]) -> None:
+    whole = PromptStream(numbered(size), seed).next(sum(draws))
+    stream = PromptStream(numbered(size), seed)
     assert [p for n in draws for p in stream.next(n)] == whole
-    resumed = PromptStream(prompts, seed)
-    resumed.seek(draws[0])
-    assert resumed.next(sum(draws[1:])) == whole[draws[0] :]
     assert len({p.id for p in whole}) == len(whole)
 
 
+@given(st.integers(1, 20), st.integers(0, 1000), st.integers(0, 70), st.integers(0, 30), st.integers(0, 70))
+def test_a_stream_goes_on_from_a_position(size: int, seed: int, before: int, after: int, moved: int) -> None:
+    whole = PromptStream(numbered(size), seed).next(before + after)
+    sought = PromptStream(numbered(size), seed)
+    sought.next(moved)
+    sought.seek(before)
+    assert sought.next(after) == whole[before:]
+
+
 @given(st.integers(1, 30), st.integers(0, 1000))
-def test_every_epoch_holds_each_prompt_once_in_an_order_of_its_own(size: int, seed: int):
+def test_every_epoch_holds_each_prompt_once(size: int, seed: int) -> None:
     stream = PromptStream(numbered(size), seed)
-    epochs = [[p.text for p in stream.next(size)] for _ in range(3)]
-    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
-    assert size < 15 or epochs[0] != epochs[1]
+    for _ in range(3):
+        assert sorted(int(p.text) for p in stream.next(size)) == list(range(size))
 
 
-REFUSED = {
-    "no JSON": ([ROWS[0], "{oops"], "line 2 is no JSON"),
-    "no object": (["[1]"], "line 1 must be an object"),
-    "no answer field": ([ROWS[0], {"prompt": "x", "anser": "1"}], "line 2 has no field 'answer'.*to 'anser'"),
-    "empty answer": ([{"prompt": "x", "answer": " "}], "line 1: 'answer' is missing or empty"),
-    "null answer": ([{"prompt": "x", "answer": None}], "line 1: 'answer' is missing or empty"),
+def test_seed_and_epoch_decide_the_order() -> None:
+    streams = [PromptStream(numbered(50), seed) for seed in (0, 1)]
+    orders = [tuple(p.text for p in stream.next(50)) for stream in streams for _ in range(2)]
+    assert len({*orders, tuple(map(str, range(50)))}) == 5
+
+
+def test_the_order_is_that_of_earlier_versions() -> None:
+    # Values of numpy 2.3.5: another order would break resuming.
+    drawn = PromptStream(numbered(6), 1234).next(12)
+    assert [int(p.text) for p in drawn] == [3, 0, 1, 4, 2, 5, 0, 5, 4, 2, 1, 3]
+    assert (drawn[0].id, drawn[6].id) == ("epoch 0, problem 3", "epoch 1, problem 0")
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------
+
+
+def refusal(settings: PromptSettings, tokenizer: Any = TOKENIZER, exclude: Any = ()) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_prompts(settings, tokenizer, exclude)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def user(content: object, role: object = "user") -> dict[str, object]:
+    return {"prompt": [{"role": role, "content": content}], "answer": "1"}
+
+
+BAD_LINES: dict[str, tuple[list[Any], str]] = {
+    "no JSON": ([ROWS[0], "{oops"], "line 2 is no JSON (Expecting property name"),
+    "nested without end": ([ROWS[0], "[" * 200_000], "line 2 is no JSON (maximum recursion depth"),
+    "no object": (["[1]"], "line 1 must be an object with fields, not [1]"),
+    "no answer field": (
+        [ROWS[0], "", {"prompt": "x", "anser": "1"}],
+        "line 3 has no field 'answer', it has prompt, anser: set answer_field (did you mean anser?)",
+    ),
+    "no prompt field": (
+        [{"question": "x", "answer": "1"}],
+        "has no field 'prompt', it has question, answer: set prompt",
+    ),
+    "no fields": (["{}"], "line 1 has no field 'prompt', it has none"),
+    "empty answer": ([{"prompt": "x", "answer": " "}], "line 1: 'answer' is missing or empty (' ')"),
+    "null answer": ([{"prompt": "x", "answer": None}], "line 1: 'answer' is missing or empty (None)"),
+    "answer that is no number": (['{"prompt": "x", "answer": NaN}'], "line 1: 'answer' is missing or empty (nan)"),
+    "answer that is a list": ([{"prompt": "x", "answer": [1]}], "line 1: 'answer' must be text or a number, not [1]"),
+    "answer that is a truth": ([{"prompt": "x", "answer": True}], "'answer' must be text or a number, not True"),
     "prompt that is no text": ([{"prompt": 3, "answer": "1"}], "line 1: 'prompt' must be text or a list"),
-    "half a surrogate pair": ([{"prompt": "\ud800", "answer": "1"}], "line 1: 'prompt' is no valid Unicode"),
-    "bytes that are no UTF-8": (['{"prompt": "\udcff", "answer": "1"}'], "line 1: 'prompt' is no valid Unicode"),
-    "empty file": ([], "holds no prompts"),
+    "messages without content": ([user(None)], "line 1: 'prompt' must be text or a list of chat messages"),
+    "no messages": ([{"prompt": [], "answer": "1"}], "line 1: 'prompt' is empty"),
+    "empty prompt": ([{"prompt": " ", "answer": "1"}], "line 1: 'prompt' is empty"),
+    "role that the template refuses": ([user("x", "wizard")], "template refuses the messages (no such role)"),
+    "half a pair": ([{"prompt": "\ud800", "answer": "1"}], "line 1: 'prompt' is no valid Unicode text: '\\ud800'"),
+    "half a pair in a message": ([user("\ud800")], "line 1: 'prompt' is no valid Unicode text"),
+    "half a pair in an answer": ([{"prompt": "x", "answer": "\ud800"}], "line 1: 'answer' is no valid Unicode text"),
+    "bytes that are no UTF-8": (['{"prompt": "\udcff", "answer": "1"}'], "line 1: 'prompt' is no valid Unicode text"),
+    "empty file": ([], "holds no prompts: give a source with at least one row"),
+    "blank file": (["", ""], "holds no prompts"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_lines_are_named(tmp_path: Path, name: str):
-    lines, message = REFUSED[name]
-    with pytest.raises(ConfigError, match=message):
-        load(write_lines(tmp_path / "bad.jsonl", *lines))
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_lines_are_named(tmp_path: Path, name: str, folder: bool) -> None:
+    lines, message = BAD_LINES[name]
+    file = write_lines(tmp_path / "train.jsonl", *lines)
+    refused = refusal(PromptSettings(source=str(tmp_path)) if folder else file)
+    assert message in refused
+    assert str(tmp_path) in refused and (not message.startswith("line") or f"{file.source}, line" in refused)
 
 
-def test_long_prompts_are_named_with_their_length(tmp_path: Path):
-    settings = write_lines(tmp_path / "long.jsonl", ROWS[0], {"prompt": "1+" * 100, "answer": "1"})
-    limited = PromptSettings(source=settings.source, max_prompt_tokens=50)
-    with pytest.raises(ConfigError, match=r"line 2: the prompt has 2\d\d tokens, but 1 to 50 are allowed"):
-        load(limited)
+def test_long_prompts_are_named_with_their_length(tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "long.jsonl", {"prompt": "1" * 25, "answer": "1"}, {"prompt": "1" * 26, "answer": "1"}
+    )
+    template = len("[user]\n[assistant]")
+    settings = PromptSettings(source=source.source, max_prompt_tokens=25 + template)
+    assert f"line 2: the prompt has {26 + template} tokens, but at most {25 + template} are allowed" in refusal(
+        settings
+    )
+    assert len(load(PromptSettings(source=source.source, max_prompt_tokens=26 + template))) == 2
+
+
+def test_messages_without_template_are_refused(tmp_path: Path) -> None:
+    settings = PromptSettings(source=write_lines(tmp_path / "p.jsonl", user("x")).source, chat_template=False)
+    assert "line 1: 'prompt' holds chat messages, which need chat_template: true" in refusal(settings)
+
+
+def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
+    settings = write_lines(tmp_path / "p.jsonl", *ROWS)
+    assert "has no chat template: set chat_template: false" in refusal(settings, byte_tokenizer(chat_template=None))
+
+
+def test_training_prompts_that_are_all_held_out_are_refused(tmp_path: Path) -> None:
+    settings = write_lines(tmp_path / "p.jsonl", *ROWS)
+    assert "all 7 prompts are among the held-out ones" in refusal(settings, exclude=load(settings))
+
+
+def task(name: str, **task_settings: object) -> PromptSettings:
+    return PromptSettings(source=f"reasoning_gym:{name}", size=3, task_settings=task_settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (PromptSettings(source="nowhere.jsonl"), "does not exist"),
+        (PromptSettings(source="nowhere.jsonl"), "nowhere.jsonl does not exist: give a .jsonl or .parquet file"),
         (PromptSettings(source=__file__), "unknown suffix '.py'"),
-        (PromptSettings(source="reasoning_gym:chain_sun"), "did you mean chain_sum"),
-        (PromptSettings(source="reasoning_gym:chain_sum", task_settings={"terms": 2}), "known: .*min_terms"),
+        (task("chain_sun"), "no task 'chain_sun' (did you mean chain_sum"),
+        (task("chain_sum", min_trems=2), "chain_sum has no setting 'min_trems' (did you mean min_terms"),
+        (task("chain_sum", size=2), "task_settings.size is not read: set size itself"),
         (
-            PromptSettings(source="reasoning_gym:chain_sum", task_settings={"min_terms": 9, "max_terms": 2}),
-            "do not suit",
+            task("chain_sum", min_terms=9, max_terms=2),
+            "'max_terms': 2}: AssertionError('max_terms must be >= min_terms')",
         ),
+        (
+            task("chain_sum", min_terms="two"),
+            "chain_sum does not work with task_settings {'min_terms': 'two'}: TypeError",
+        ),
+        (task("calendar_arithmetic", tasks=[]), "does not work with task_settings {'tasks': []}: IndexError"),
+        (
+            task("graph_color"),
+            "problem 0: 'answer' is missing or empty (None), but every prompt needs a reference answer",
+        ),
+        (task("rearc"), "scorer of 'rearc' gives its own answer 0.05 instead of 1.0"),
     ],
 )
-def test_bad_sources_are_refused(settings: PromptSettings, message: str):
-    with pytest.raises(ConfigError, match=message):
-        load(settings)
+def test_bad_sources_are_refused(settings: PromptSettings, message: str) -> None:
+    assert message in refusal(settings)
 
 
-def test_wrong_columns_and_splits_are_named(tmp_path: Path):
-    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ConfigError, match="has no split 'train': it has test"):
-        load(PromptSettings(source=str(tmp_path / "splits")))
-    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ConfigError, match="has no field 'question', it has prompt, answer, other"):
-        load(PromptSettings(source=str(tmp_path / "rows.parquet"), prompt_field="question"))
+def test_wrong_columns_and_splits_are_named(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    splits = as_saved_splits(table, tmp_path)
+    assert "has no split 'train2', it has train, dev: set split" in refusal(
+        PromptSettings(source=splits.source, split="train2")
+    )
+    lines = as_json_lines_folder(table, tmp_path)
+    assert "has no split 'dev', it has train, test: set split" in refusal(
+        PromptSettings(source=lines.source, split="dev")
+    )
+    columns = as_parquet(table, tmp_path)
+    assert "has no field 'question', it has prompt, answer, other: set prompt_field" in refusal(
+        PromptSettings(source=columns.source, prompt_field="question")
+    )
+
+
+def test_sources_without_rows_are_refused(tmp_path: Path) -> None:
+    columns = datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("string")})
+    none = datasets.Dataset.from_dict({"prompt": [], "answer": []}, features=columns)
+    (tmp_path / "folder").mkdir()
+    for name in ("none.parquet", "folder/train.parquet"):
+        parquet.write_table(none.data.table, tmp_path / name)
+    none.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": none}).save_to_disk(tmp_path / "splits")
+    for name in ("none.parquet", "folder", "saved", "splits"):
+        assert f"{tmp_path / name} holds no prompts" in refusal(PromptSettings(source=str(tmp_path / name)))
+
+
+def test_files_that_are_no_dataset_are_refused_and_nothing_else_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("datasets")
+    log.addHandler(caplog.handler)
+    for name in ("script", "nothing", "json"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    (tmp_path / "script/script.py").write_text("raise SystemExit('this code ran')")
+    (tmp_path / "json/train.json").write_text('{"prompt": "1"}\n{oops')
+    reasons = {"broken.parquet": "Parquet", "script": "script.py", "nothing": "data files", "json": "JSON parse error"}
+    datasets.logging.set_verbosity_warning()
+    datasets.enable_progress_bars()
+    for name, reason in reasons.items():
+        message = refusal(PromptSettings(source=str(tmp_path / name)))
+        assert message.startswith(f"{tmp_path / name} cannot be read as a dataset (") and reason in message
+    log.removeHandler(caplog.handler)
+    assert caplog.text == "" and capfd.readouterr() == ("", "")
+    assert datasets.logging.get_verbosity() == logging.WARNING and not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    settings = write_lines(tmp_path / "p.jsonl", *ROWS)
+    (tmp_path / "p.jsonl").chmod(0)
+    assert "cannot be read (Permission denied): change its permissions" in refusal(settings)

@@ -190,13 +190,16 @@ def test_naming_a_built_in_verifier_imports_no_libraries():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_sympy_cannot_compile_an_answer():
+def test_a_worker_lets_sympy_compile_no_answer():
+    import sympy
+
+    called = sympy.Function("print")(7)
+    assert sympy.lambdify([], called)() is None, "sympy runs the names in an expression: what is to be prevented"
     code = (
-        "import sys, sympy; from megatron_sgopd.verify.worker import refuse_generated_code as refuse; "
-        "f = sympy.lambdify([], sympy.Function('print')(7)); f(); sys.addaudithook(refuse); sympy.lambdify([], 1)"
+        "import sys; sys.argv = ['worker', 'exact', str(2**30)]; from megatron_sgopd.verify import worker; "
+        "worker.main(); import sympy; sympy.lambdify([], sympy.Function('print')(7))"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
-    assert done.stdout == "7\n", "sympy runs the names in an expression: what the hook is there for"
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert "PermissionError: an answer must not be compiled" in done.stderr
 
 
