@@ -56,8 +56,9 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     if settings.verify.verifier == "task":
         from megatron_sgopd.verify.tasks import scorer
 
-        for task in {prompt.task for prompts in (train, heldout) for prompt in prompts}:
-            scorer(task)
+        for prompts in (train, heldout):
+            if prompts:
+                scorer(prompts[0].task)  # a source has one task
     if len(train) < settings.rollout.prompts_per_step:
         raise ConfigError(
             f"data.train has {len(train)} prompts, fewer than rollout.prompts_per_step="

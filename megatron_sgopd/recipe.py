@@ -12,7 +12,7 @@ from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
-from megatron_sgopd.monitor.metrics import METRICS
+from megatron_sgopd.monitor.output import METRICS
 
 RESOLVED = "recipe.yaml"
 _FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "platform"})

@@ -42,6 +42,7 @@ class Run:
     """None where recorded batches are replayed: then nothing is generated or evaluated."""
     verification: Verification
     inputs: Inputs
+    prompts: PromptStream
     recording: Recording
     monitor: Monitor
     clock: Clock
@@ -130,9 +131,8 @@ class Run:
     def prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of a step: a function of seed and step alone, so that resuming needs nothing else."""
         size = self.settings.rollout.prompts_per_step
-        stream = PromptStream(self.inputs.train, self.seed)
-        stream.seek(step * size)
-        return stream.next(size)
+        self.prompts.seek(step * size)
+        return self.prompts.next(size)
 
 
 def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
@@ -184,6 +184,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         None if settings.logging.replay else RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed),
         verification,
         inputs,
+        PromptStream(inputs.train, args.seed),
         Recording(settings.logging.replay, settings.logging.record),
         monitor,
         clock,

@@ -49,7 +49,7 @@ class PolicyStep:
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._parts: list[Sums] = []
-        self.student_logprobs_T = torch.zeros(len(outcomes_T), dtype=torch.float32)
+        self._student_logprobs: list[tuple[slice, torch.Tensor]] = []
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(data_iterator)
@@ -96,7 +96,8 @@ class PolicyStep:
         return loss
 
     def _collect(self, logprobs_T: torch.Tensor, entropy_T: Any, signals: TokenSignals, batch: Microbatch) -> None:
-        self.student_logprobs_T[batch.span] = logprobs_T.float().cpu()
+        # On the device: taking them to the host here would make every microbatch wait for it.
+        self._student_logprobs.append((batch.span, logprobs_T))
         if self._student.groups.tp.rank() == 0:  # the other ranks of the group see the same tokens
             self._parts.append(self._sums(logprobs_T, signals, self._outcomes_T[batch.span], entropy_T))
 
@@ -119,9 +120,9 @@ class PolicyStep:
 
     def gather_student_logprobs(self) -> torch.Tensor:
         """s_t of every response token of the step, on every rank: float32 [T]."""
-        groups = self._student.groups
-        holds = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
-        logprobs_T = self.student_logprobs_T if holds else torch.zeros_like(self.student_logprobs_T)
-        logprobs_T = logprobs_T.to(current().device)
+        logprobs_T = torch.zeros(len(self._outcomes_T), dtype=torch.float32, device=current().device)
+        if self._student.groups.tp.rank() == 0:  # stages before the last have none
+            for span, part_T in self._student_logprobs:
+                logprobs_T[span] = part_T
         dist.all_reduce(logprobs_T)
         return logprobs_T.cpu()

@@ -13,11 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_sgopd.config import Settings
-from megatron_sgopd.monitor.output import SUMMARY, console
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console
 from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.verify.base import VerifierResult
-
-METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 
 
 class Monitor:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_sgopd.errors import Alarm, ConfigError
 
-LOGS = "logs"
+LOGS, METRICS, SAMPLES, EVALUATIONS = "logs", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 SUMMARY = "summary.json"
 _terminal: int | None = None
 
