@@ -1,4 +1,6 @@
-"""The two ways in which a run refuses to go on."""
+"""The two ways in which a run refuses to go on, and a help for their messages."""
+
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -11,3 +13,9 @@ class ConfigError(ValueError):
 
 class Alarm(RuntimeError):
     """A running job went wrong in a way that would otherwise stay silent; the message diagnoses it."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of `names` for a message, and how many there are beyond."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

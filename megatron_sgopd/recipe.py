@@ -12,6 +12,7 @@ from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
+from megatron_sgopd.models.weight_map import parameter_count
 from megatron_sgopd.monitor.output import METRICS
 
 RESOLVED = "recipe.yaml"
@@ -61,8 +62,6 @@ def check_recipe(recipe: Recipe) -> Inputs:
     Raises:
         ConfigError: the first that fails.
     """
-    from megatron_sgopd.models.weights import parameter_count
-
     check_run_dir(recipe)
     inputs = check_inputs(recipe, recipe.train.row_tokens)
     check_layout(recipe, inputs.student, inputs.teacher)

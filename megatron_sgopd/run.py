@@ -153,7 +153,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
     set_rotary_frequencies(student.model, inputs.student)
     check_model(student.model, inputs.student)
     if args.iteration == 0:
-        load_weights(student.model, inputs.student, groups.tp)
+        load_weights(student.model, inputs.student, groups)
         optimizer.reload_model_params()
     method, rollout = inputs.method, settings.rollout
 

@@ -82,9 +82,9 @@ def sync(run: Run) -> None:
     with run.clock("sync"):
         run.engine.wake(["weights"])
         student, groups = run.student, run.student.groups
-        digests = shard_digests(student.model, student.architecture, groups.tp, groups.pp)
+        digests = shard_digests(student.model, student.architecture, groups)
         bucket_bytes = run.settings.rollout.sync_bucket_mib * 2**20
-        weights = export_weights(student.model, student.architecture, groups.tp, groups.pp, bucket_bytes)
+        weights = export_weights(student.model, student.architecture, groups, bucket_bytes)
         sync_weights(run.engine, weights, digests)
 
 

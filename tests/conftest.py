@@ -14,18 +14,22 @@ settings.load_profile("no_deadline")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random Hugging Face folders, float32, by name; made by transformers.
 
-    The vocabulary of 250 divides by no power of two, and Llama's rope scaling starts at 64 positions.
+    Vocabularies of 250 and 251 (a prime) need padding, and Llama's rope scaling starts at 64 positions.
     """
     import torch
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         PreTrainedConfig,
         PreTrainedModel,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     plain = {"rope_type": "default", "rope_theta": 1000000.0}
@@ -36,6 +40,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama_untied": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 8}),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
+        "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "vocab_size": 251}),
+        "qwen3_moe": (
+            Qwen3MoeConfig,
+            Qwen3MoeForCausalLM,
+            {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+            | {"norm_topk_prob": True},
+        ),
     }
     root = tmp_path_factory.mktemp("tiny_models")
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +57,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "intermediate_size": 96,
             "num_hidden_layers": 4,
             "num_attention_heads": 8,
-            "num_key_value_heads": 2,
+            "num_key_value_heads": 4,
             "max_position_embeddings": 256,
             "rope_parameters": dict(scaled if name.startswith("llama") else plain),
             **fields,

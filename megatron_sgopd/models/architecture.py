@@ -7,12 +7,14 @@ else is refused by name, since a field that is silently ignored gives silently w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.models.families import FAMILIES, REFUSED
+from megatron_sgopd.models.families.base import QK_NORM, QKV_BIAS, Family
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,6 +29,7 @@ class Architecture:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of the MLP, or of each expert."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -34,10 +37,28 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     tied_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
     rope_type: str
     rope_theta: float
+    num_experts: int = 0
+    """0: every layer is dense."""
+    experts_per_token: int = 0
+    renormalized_routing: bool = True
+    """Whether the probabilities of a token's experts add up to 1."""
+
+    @property
+    def family(self) -> Family:
+        """Its table of weights."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to q, k and v have biases."""
+        return QKV_BIAS in self.family.layer
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether the heads of q and k are normed."""
+        return QK_NORM[0] in self.family.layer
 
     @property
     def query_size(self) -> int:
@@ -54,8 +75,8 @@ class Architecture:
         """Whether the output layer has a weight of its own."""
         return not self.tied_embeddings
 
-    def check_parallel(self, tensor: int, pipeline: int) -> None:
-        """Check that the model splits evenly over `tensor` x `pipeline` ranks.
+    def check_parallel(self, tensor: int, pipeline: int, expert: int = 1) -> None:
+        """Check that the model splits evenly over `tensor` x `pipeline` ranks, and its experts over `expert`.
 
         Raises:
             ConfigError: something does not divide; the message names it.
@@ -63,9 +84,15 @@ class Architecture:
         divided = [
             ("tensor", tensor, "num_attention_heads", self.num_attention_heads),
             ("tensor", tensor, "num_key_value_heads", self.num_query_groups),
-            ("tensor", tensor, "intermediate_size", self.ffn_hidden_size),
             ("pipeline", pipeline, "num_hidden_layers", self.num_layers),
         ]
+        if self.num_experts:
+            divided.append(("tensor", tensor, "moe_intermediate_size", self.ffn_hidden_size))
+            divided.append(("expert", expert, "num_experts", self.num_experts))
+        else:
+            divided.append(("tensor", tensor, "intermediate_size", self.ffn_hidden_size))
+            if expert != 1:
+                raise ConfigError(f"expert parallel size {expert}, but {self.folder} has no experts: make it 1")
         for kind, ranks, name, size in divided:
             if size % ranks:
                 raise ConfigError(
@@ -73,44 +100,6 @@ class Architecture:
                     f"use a divisor of {size}"
                 )
 
-
-@dataclass(frozen=True)
-class _Family:
-    """One model_type: what its layers have, and the fields of config.json that belong to it alone."""
-
-    causal_class: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    default_head_dim: int | None = None
-    """Where config.json names none; None: hidden_size / num_attention_heads."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that change the computation, and the one value of each that is computed exactly."""
-    ignored: frozenset[str] = frozenset()
-    """Fields that change nothing while the fixed ones have their values."""
-
-
-_QWEN_WINDOW = frozenset({"sliding_window", "max_window_layers"})  # read only where use_sliding_window
-
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family(
-        "LlamaForCausalLM",
-        fixed={"attention_bias": False, "mlp_bias": False, "sliding_window": None, "rope_interleaved": False},
-        ignored=frozenset({"pretraining_tp", "is_llama_config", "transformers.js_config"}),
-    ),
-    "qwen2": _Family(
-        "Qwen2ForCausalLM",
-        qkv_bias=True,
-        fixed={"use_sliding_window": False, "use_mrope": False},
-        ignored=_QWEN_WINDOW,
-    ),
-    "qwen3": _Family(
-        "Qwen3ForCausalLM",
-        qk_norm=True,
-        default_head_dim=128,
-        fixed={"attention_bias": False, "use_sliding_window": False},
-        ignored=_QWEN_WINDOW,
-    ),
-}
 
 _USED = frozenset(
     {
@@ -131,6 +120,9 @@ _USED = frozenset(
         "rope_scaling",
         "rope_theta",
     }
+)
+_EXPERT_FIELDS = frozenset(
+    {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 )
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -179,12 +171,13 @@ def read_architecture(folder: str | Path) -> Architecture:
     _check_weights_present(folder)
 
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        reason = f", since {REFUSED[str(model_type)]}" if str(model_type) in REFUSED else ""
         raise ConfigError(
-            f"{folder}: model_type {model_type!r} is not supported: use one of {', '.join(sorted(_FAMILIES))}"
+            f"{folder}: model_type {model_type!r} is not supported{reason}: use one of {', '.join(sorted(FAMILIES))}"
         )
-    family = _FAMILIES[model_type]
-    _check_fields(folder, model_type, family, config)
+    family = FAMILIES[model_type]
+    _check_fields(folder, family, config)
     rope_type, rope_theta = _read_rope(folder, config)
 
     def size(name: str, default: int | None = None) -> int:
@@ -203,23 +196,23 @@ def read_architecture(folder: str | Path) -> Architecture:
             f"{folder}/config.json: layer_types = {layer_types!r} is not supported: "
             f"only full_attention in all {num_layers} layers is"
         )
+    experts = _read_experts(config, size) if family.has_experts else {}
     architecture = Architecture(
         folder=folder,
         model_type=model_type,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        ffn_hidden_size=size("intermediate_size"),
+        ffn_hidden_size=size("moe_intermediate_size" if family.has_experts else "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=size("num_key_value_heads", heads if model_type == "llama" else None),
+        num_query_groups=size("num_key_value_heads", heads if family.multi_head_by_default else None),
         head_dim=size("head_dim", family.default_head_dim or hidden_size // heads),
         vocab_size=size("vocab_size"),
         max_position_embeddings=size("max_position_embeddings"),
         norm_epsilon=_positive_number(folder, "rms_norm_eps", config.get("rms_norm_eps")),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
         rope_type=rope_type,
         rope_theta=rope_theta,
+        **experts,
     )
     if heads % architecture.num_query_groups:
         raise ConfigError(
@@ -227,6 +220,15 @@ def read_architecture(folder: str | Path) -> Architecture:
             f"does not divide num_attention_heads = {heads}"
         )
     return architecture
+
+
+def _read_experts(config: Mapping[str, Any], size: Callable[..., int]) -> dict[str, Any]:
+    return {
+        # transformers 5 writes the second name
+        "num_experts": size("num_experts", config.get("num_local_experts")),
+        "experts_per_token": size("num_experts_per_tok"),
+        "renormalized_routing": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -259,14 +261,20 @@ def _contents(folder: Path) -> str:
     return shown or "nothing at all"
 
 
-def _check_fields(folder: Path, model_type: str, family: _Family, config: Mapping[str, Any]) -> None:
-    classes = config.get("architectures")
-    if classes is not None and classes != [family.causal_class]:
+def _check_fields(folder: Path, family: Family, config: Mapping[str, Any]) -> None:
+    model_type, classes = family.model_type, config.get("architectures")
+    if classes != [family.causal_class]:
         raise ConfigError(
             f"{folder}/config.json: architectures = {classes!r} is not supported: "
-            f"a {model_type} model must be {family.causal_class}"
+            f"a {model_type} model must have [{family.causal_class!r}]"
         )
-    fixed = {**_FIXED, **family.fixed}
+    for name, value in family.needed.items():
+        if name not in config:
+            raise ConfigError(
+                f"{folder}/config.json: {name} is missing, and transformers would not take {value!r} for it, "
+                f"the only value that is computed exactly for {model_type}: add it if it is right"
+            )
+    fixed = {**_FIXED, **family.needed, **family.fixed}
     for name, value in config.items():
         if name in fixed:
             if value != fixed[name]:
@@ -274,7 +282,7 @@ def _check_fields(folder: Path, model_type: str, family: _Family, config: Mappin
                     f"{folder}/config.json: {name} = {value!r} is not supported for {model_type}: "
                     f"only {fixed[name]!r} is computed exactly"
                 )
-        elif name not in _USED | _IGNORED | family.ignored:
+        elif name not in _USED | _IGNORED | family.ignored | (_EXPERT_FIELDS if family.has_experts else frozenset()):
             raise ConfigError(
                 f"{folder}/config.json: {name} = {value!r} is not a field that is understood for "
                 f"{model_type}, and may change what the model computes: remove it if it does not"

@@ -63,6 +63,7 @@ def _settings(architecture: Architecture) -> tuple[_Setting, ...]:
         _Setting("qk_layernorm", architecture.qk_norm, ("--qk-layernorm",) if architecture.qk_norm else ()),
         _Setting("hidden_dropout", 0.0, ("--hidden-dropout", "0")),
         _Setting("attention_dropout", 0.0, ("--attention-dropout", "0")),
+        *_expert_settings(architecture),
         # Megatron's variants that none of these architectures has.
         _Setting("activation_func_clamp_value", None),
         _Setting("apply_residual_connection_post_layernorm", False),
@@ -74,13 +75,36 @@ def _settings(architecture: Architecture) -> tuple[_Setting, ...]:
         _Setting("mtp_num_layers", None),
         _Setting("multi_latent_attention", False),
         _Setting("no_rope_freq", None),
-        _Setting("num_moe_experts", None),
         _Setting("qk_l2_norm", False),
         _Setting("rotary_interleaved", False),
         _Setting("softmax_scale", None),
         _Setting("softmax_type", "vanilla"),
         _Setting("use_mup", False),
         _Setting("window_size", None),
+    )
+
+
+def _expert_settings(architecture: Architecture) -> tuple[_Setting, ...]:
+    if not architecture.num_experts:
+        return (_Setting("num_moe_experts", None),)
+    experts, topk = str(architecture.num_experts), str(architecture.experts_per_token)
+    width, pre_softmax = str(architecture.ffn_hidden_size), not architecture.renormalized_routing
+    return (
+        _Setting("num_moe_experts", architecture.num_experts, ("--num-experts", experts)),
+        _Setting("moe_router_topk", architecture.experts_per_token, ("--moe-router-topk", topk)),
+        _Setting("moe_ffn_hidden_size", architecture.ffn_hidden_size, ("--moe-ffn-hidden-size", width)),
+        _Setting("moe_router_pre_softmax", pre_softmax, ("--moe-router-pre-softmax",) if pre_softmax else ()),
+        _Setting("moe_router_dtype", "fp32", ("--moe-router-dtype", "fp32")),
+        _Setting("moe_token_dispatcher_type", "alltoall", ("--moe-token-dispatcher-type", "alltoall")),
+        # Megatron's variants that none of these architectures has.
+        _Setting("moe_layer_freq", 1),
+        _Setting("moe_router_score_function", "softmax"),
+        _Setting("moe_router_topk_scaling_factor", None),
+        _Setting("moe_router_num_groups", None),
+        _Setting("moe_router_enable_expert_bias", False),
+        _Setting("moe_shared_expert_intermediate_size", None),
+        _Setting("moe_expert_capacity_factor", None),
+        _Setting("moe_latent_size", None),
     )
 
 
@@ -105,6 +129,8 @@ def megatron_flags(architecture: Architecture) -> list[str]:
     flags += ["--no-initialization"]  # every weight is loaded
     if architecture.untied_embeddings:
         flags += ["--untie-embeddings-and-output-weights"]
+    if architecture.num_experts:
+        flags += ["--moe-router-load-balancing-type", "none"]  # adds a loss, and changes nothing else
     return flags
 
 
@@ -115,7 +141,7 @@ def padded_vocab_size(architecture: Architecture, tensor: int, divisible_by: int
 
 
 def transformer_config(
-    architecture: Architecture, base: TransformerConfig, tensor: int, pipeline: int
+    architecture: Architecture, base: TransformerConfig, tensor: int, pipeline: int, expert: int = 1
 ) -> TransformerConfig:
     """`base`, the configuration of the run's student, changed to `architecture` for forward-only use.
 
@@ -124,9 +150,9 @@ def transformer_config(
     whose noise in log-probs is of the size of what the sign gate reads.
 
     Raises:
-        ConfigError: the architecture does not split over `tensor` x `pipeline` ranks.
+        ConfigError: the architecture does not split over `tensor` x `pipeline` ranks, or its experts over `expert`.
     """
-    architecture.check_parallel(tensor, pipeline)
+    architecture.check_parallel(tensor, pipeline, expert)
     changes = {setting.field: setting.value for setting in _settings(architecture)}
     return dataclasses.replace(
         base,
@@ -139,6 +165,7 @@ def transformer_config(
         # Derived from the student's layout, or chosen for it.
         virtual_pipeline_model_parallel_size=None,
         microbatch_group_size_per_vp_stage=None,
+        expert_model_parallel_size=expert,
         expert_tensor_parallel_size=None,
         tensor_parallel_num_weight_shards=None,
         gtp_weight_remat_size=1,

@@ -61,7 +61,7 @@ class Scorer:
             padded_vocab_size=padded_vocab_size(architecture, tensor),
         )
         model = model.to(self._config.params_dtype).requires_grad_(False).eval()
-        load_weights(model, architecture, self._groups.tp)
+        load_weights(model, architecture, self._groups)
         self._offload = offload
         self._model = model if offload else model.to(current().device)
         self.forwards = 0

@@ -62,7 +62,12 @@ class CpuPlatform(Platform):
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+        )
         spec.submodules.self_attention.submodules.core_attention = _sdpa_attention_class()
         return spec
 
@@ -223,6 +228,14 @@ def _adapt_megatron() -> None:
         return initialize_megatron(*args, allow_no_cuda=True, **kwargs)
 
     training.initialize_megatron = initialize_without_cuda  # its own switch, which pretrain() does not pass on
+
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def host_copy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    # Its own makes arrays of GPU tensors only, and torch's all-to-all takes no tensor of split sizes.
+    token_dispatcher.maybe_move_tensor_to_cpu = host_copy
 
 
 def _sdpa_attention_class() -> type:

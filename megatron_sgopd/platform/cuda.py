@@ -37,7 +37,11 @@ class CudaPlatform(Platform):
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
 
     def packed_attention(self, segment_ids_BS: torch.Tensor) -> dict[str, Any]:
         from megatron.core.packed_seq_params import PackedSeqParams

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megatron_sgopd.errors import Alarm
-from megatron_sgopd.models.weights import tensor_digest
+from megatron_sgopd.models.digests import tensor_digest
 from megatron_sgopd.rollout.engine import RolloutEngine
 
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 
-LENGTH = 160  # beyond the 64 positions where the fixture's rope scaling starts
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+LENGTH = 256  # four times the positions where the fixture's rope scaling starts
+LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2))
+"""Tensor, pipeline and expert parallel sizes."""
 
 
 def test_models_equal_transformers_and_export_bit_equal_at_every_layout(
@@ -30,7 +31,7 @@ def test_models_equal_transformers_and_export_bit_equal_at_every_layout(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    tokens = torch.randint(250, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(250, (4, LENGTH), generator=torch.Generator().manual_seed(1))
     reference = {"tokens": tokens}
     for name, folder in tiny_models.items():
         with torch.no_grad():
@@ -53,12 +54,13 @@ def _check_models(folders: dict[str, Path], tmp_path: Path) -> None:
 
     reference = load_file(tmp_path / "reference.safetensors")
     architectures = {name: read_architecture(folder) for name, folder in folders.items()}
-    for tensor, pipeline in LAYOUTS:
-        parallel_state.initialize_model_parallel(tensor, pipeline)
+    for tensor, pipeline, expert in LAYOUTS:
+        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
         model_parallel_cuda_manual_seed(1)
         for name, architecture in architectures.items():
-            _check_model(architecture, reference["tokens"], reference[name], tensor, pipeline)
-        if (tensor, pipeline) == (1, 1) and dist.get_rank() == 0:  # nothing collective
+            if expert == 1 or architecture.num_experts:
+                _check_model(architecture, reference["tokens"], reference[name], (tensor, pipeline, expert))
+        if (tensor, pipeline, expert) == (1, 1, 1) and dist.get_rank() == 0:  # nothing collective
             _check_table_names(architectures["qwen2"])
             _check_flags(architectures)
             _check_differing_models_refused(architectures)
@@ -82,57 +84,71 @@ def _base_config(**changes: Any) -> Any:
     return TransformerConfig(**(fields | changes))
 
 
-def _build(architecture: Architecture, tensor: int = 1, pipeline: int = 1, **changes: Any) -> Any:
-    from megatron.core import parallel_state
+def _groups() -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _build(architecture: Architecture, layout: tuple[int, int, int] = (1, 1, 1), **changes: Any) -> Any:
+    from megatron.core import parallel_state
 
     from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
 
     return build_model(
         architecture,
-        transformer_config(architecture, _base_config(**changes), tensor, pipeline),
-        ProcessGroupCollection.use_mpu_process_groups(),
+        transformer_config(architecture, _base_config(**changes), *layout),
+        _groups(),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         # At TP=2 the second rank holds padding alone.
-        padded_vocab_size=padded_vocab_size(architecture, tensor, divisible_by=256),
+        padded_vocab_size=padded_vocab_size(architecture, layout[0], divisible_by=256),
     )
 
 
 def _check_model(
-    architecture: Architecture, tokens: torch.Tensor, expected: torch.Tensor, tensor: int, pipeline: int
+    architecture: Architecture, tokens: torch.Tensor, expected: torch.Tensor, layout: tuple[int, int, int]
 ) -> None:
     from megatron.core import parallel_state
 
     from megatron_sgopd.models import weights
+    from megatron_sgopd.models.digests import tensor_digest
     from megatron_sgopd.models.provider import check_model
+    from megatron_sgopd.models.weight_map import ParallelLayout, owned_parameters, parameter_count
 
-    groups = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    model = _build(architecture, tensor, pipeline)
+    (tensor, pipeline, expert), groups = layout, _groups()
+    model = _build(architecture, layout)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))  # whatever is not loaded shows
-    weights.load_weights(model, architecture, groups[0])
+    read = weights.load_weights(model, architecture, groups)
     check_model(model, architecture)
-    padding = max(0, (parallel_state.get_tensor_model_parallel_rank() + 1) * model.vocab_size // tensor - 250)
+    end = (parallel_state.get_tensor_model_parallel_rank() + 1) * model.vocab_size // tensor
+    padding = max(0, end - architecture.vocab_size)
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all(), name
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             assert padding == 0 or not parameter[-padding:].any(), name
 
-    logprobs = _forward(model, tokens)
+    logprobs = _forward(model, tokens, architecture.vocab_size)
     if logprobs is not None:
-        # float32 sums of 64 to 160 terms in another order, through four layers.
+        # float32 sums of 64 to 256 terms in another order, through four layers.
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
 
     stored = load_file(architecture.folder / "model.safetensors")
-    order = [piece.name for parameter in weights._owned(architecture) for piece in parameter.pieces]
+    order = [piece.name for parameter in owned_parameters(architecture) for piece in parameter.pieces]
+    _check_read_once(read, architecture, stored, groups)
+    # The rule for what a rank owns is Megatron's own.
+    owners = {
+        parameter: parameter.owner(ParallelLayout(tensor, pipeline, 1, expert))
+        for parameter in owned_parameters(architecture)
+    }
+    for parameter, place in owners.items():
+        here = place.pipeline == groups.pp.rank() and place.expert in (None, groups.ep.rank())
+        assert here == (parameter in weights._bind(model, architecture, groups)), parameter
     for bucket_bytes in (1, 50_000, 1 << 30):
         with _recorded_collectives() as sizes:
-            exported = list(weights.export_weights(model, architecture, *groups, bucket_bytes))
+            exported = list(weights.export_weights(model, architecture, groups, bucket_bytes))
         assert [name for name, _ in exported] == order
         for name, weight in exported:
             assert torch.equal(weight, stored[name]), name
@@ -140,24 +156,45 @@ def _check_model(
         largest = model.vocab_size * architecture.hidden_size * 4
         assert all(nbytes <= max(bucket_bytes, largest) for nbytes in sizes)
         if bucket_bytes == 1 << 30 and tensor > 1:
-            assert len(sizes) == pipeline
+            assert len(sizes) == pipeline if not architecture.num_experts else len(sizes) > pipeline
 
-    digests = weights.shard_digests(model, architecture, *groups)
+    digests = weights.shard_digests(model, architecture, groups)
     assert list(digests) == order
-    assert digests == {name: weights.tensor_digest(stored[name]) for name in order}
-    assert weights.parameter_count(architecture) == sum(weight.numel() for weight in stored.values())
+    assert digests == {name: tensor_digest(stored[name]) for name in order}
+    assert parameter_count(architecture) == sum(weight.numel() for weight in stored.values())
 
     # Local norms stay float32 in a bfloat16 model, so both dtypes travel.
-    mixed = _build(architecture, tensor, pipeline, params_dtype=torch.bfloat16)
-    weights.load_weights(mixed, architecture, groups[0])
-    digests = weights.shard_digests(mixed, architecture, *groups)
-    for name, weight in weights.export_weights(mixed, architecture, *groups, 50_000):
+    mixed = _build(architecture, layout, params_dtype=torch.bfloat16)
+    weights.load_weights(mixed, architecture, groups)
+    digests = weights.shard_digests(mixed, architecture, groups)
+    for name, weight in weights.export_weights(mixed, architecture, groups, 50_000):
         assert weight.dtype is (torch.float32 if "norm" in name else torch.bfloat16)
         assert torch.equal(weight, stored[name].to(weight.dtype)), name
-        assert digests[name] == weights.tensor_digest(weight), name
+        assert digests[name] == tensor_digest(weight), name
 
 
-def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+def _check_read_once(read: int, architecture: Architecture, stored: dict[str, torch.Tensor], groups: Any) -> None:
+    """Over the ranks of one model every byte is read once, but for the small parameters that all of them hold."""
+    from megatron_sgopd.models.families.base import Layout
+    from megatron_sgopd.models.weight_map import parameters
+
+    tensor, total = groups.tp.size(), torch.tensor(read)
+    for group in (groups.tp, groups.pp):
+        dist.all_reduce(total, group=group)
+    expected = 0
+    for parameter in parameters(architecture):
+        copies = tensor if parameter.layout is Layout.REPLICATED else 1
+        if parameter.entry.duplicate:
+            copies = int(groups.pp.size() > 1)  # tied embeddings live on the first and on the last stage
+        if (
+            parameter.expert is None
+            or parameter.expert * groups.ep.size() // architecture.num_experts == groups.ep.rank()
+        ):
+            expected += copies * sum(stored[piece.name].nbytes for piece in parameter.pieces)
+    assert int(total) == expected
+
+
+def _forward(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
     """Log-probs [rows, length, vocabulary] on the last pipeline stage, None on the others."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -179,7 +216,7 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
         if not parallel_state.is_pipeline_last_stage():
             dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
             return None
-        return gather_from_tensor_model_parallel_region(output)[..., :250].log_softmax(-1)
+        return gather_from_tensor_model_parallel_region(output)[..., :vocab_size].log_softmax(-1)
 
 
 @contextlib.contextmanager
@@ -200,7 +237,7 @@ def _check_table_names(qwen2: Architecture) -> None:
     """Megatron's own map from local to Transformer Engine names agrees with the table's."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_sgopd.models.weights import parameters
+    from megatron_sgopd.models.weight_map import parameters
 
     renamed = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
     assert len(renamed) == 2
@@ -233,7 +270,7 @@ def _check_flags(architectures: dict[str, Architecture]) -> None:
         model.share_embeddings_and_output_weights = not args.untie_embeddings_and_output_weights
         check_model(model, architecture)
         assert args.rotary_base == architecture.rope_theta
-        assert args.vocab_size == 250
+        assert args.vocab_size == architecture.vocab_size
         assert args.padded_vocab_size == 256
 
 
@@ -260,8 +297,6 @@ def _check_differing_models_refused(architectures: dict[str, Architecture]) -> N
 
 
 def _check_bad_files_refused(qwen3: Architecture, scratch: Path) -> None:
-    from megatron.core import parallel_state
-
     from megatron_sgopd.models.weights import load_weights
 
     model = _build(qwen3)
@@ -277,22 +312,18 @@ def _check_bad_files_refused(qwen3: Architecture, scratch: Path) -> None:
         shutil.copytree(qwen3.folder, folder, dirs_exist_ok=True)
         save_file(broken, folder / "model.safetensors")
         with pytest.raises(ConfigError, match=message):
-            load_weights(
-                model,
-                dataclasses.replace(qwen3, folder=folder),
-                parallel_state.get_tensor_model_parallel_group(),
-            )
+            load_weights(model, dataclasses.replace(qwen3, folder=folder), _groups())
     whole = (qwen3.folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="cannot be read as safetensors"):
-        load_weights(model, dataclasses.replace(qwen3, folder=folder), parallel_state.get_tensor_model_parallel_group())
+        load_weights(model, dataclasses.replace(qwen3, folder=folder), _groups())
 
 
 def _check_sharded_files(qwen2: Architecture, scratch: Path) -> None:
     """A folder of several files with an index loads like a single file; an index that lies is refused."""
-    from megatron.core import parallel_state
-
-    from megatron_sgopd.models.weights import INDEX_FILE, load_weights, shard_digests, tensor_digest
+    from megatron_sgopd.models.architecture import INDEX_FILE
+    from megatron_sgopd.models.digests import tensor_digest
+    from megatron_sgopd.models.weights import load_weights, shard_digests
 
     folder = scratch / "sharded"
     folder.mkdir(parents=True)
@@ -306,13 +337,10 @@ def _check_sharded_files(qwen2: Architecture, scratch: Path) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
 
     sharded = dataclasses.replace(qwen2, folder=folder)
-    groups = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
+    groups = _groups()
     model = _build(qwen2)
-    load_weights(model, sharded, groups[0])
-    assert shard_digests(model, qwen2, *groups) == {name: tensor_digest(stored[name]) for name in stored}
+    load_weights(model, sharded, groups)
+    assert shard_digests(model, qwen2, groups) == {name: tensor_digest(stored[name]) for name in stored}
 
     for wrong, message in (
         (weight_map | {names[0]: "b.safetensors"}, f"does not say where these tensors are: {names[0]}"),
@@ -321,4 +349,4 @@ def _check_sharded_files(qwen2: Architecture, scratch: Path) -> None:
     ):
         index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(ConfigError, match=message):
-            load_weights(model, sharded, groups[0])
+            load_weights(model, sharded, groups)

@@ -19,7 +19,7 @@ def check_sync() -> None:
 
     from megatron_sgopd.config import RolloutSettings
     from megatron_sgopd.errors import Alarm
-    from megatron_sgopd.models.weights import tensor_digest
+    from megatron_sgopd.models.digests import tensor_digest
     from megatron_sgopd.rollout.engine import RolloutEngine
     from megatron_sgopd.rollout.prompts import Prompt
     from megatron_sgopd.rollout.weight_sync import sync_weights

@@ -45,6 +45,7 @@ LLAMA31: dict[str, Any] = {
     "vocab_size": 128256,
 }
 QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "head_dim": 128,
     "hidden_act": "silu",
@@ -64,9 +65,41 @@ QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
 }
 QWEN2 = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {
+    "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "sliding_window": 4096,
     "use_mrope": False,
+}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+MISTRAL: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32768,
 }
 
 Write = Callable[[dict[str, Any]], Path]
@@ -97,17 +130,21 @@ def test_published_configurations_are_read_field_by_field(write: Write) -> None:
         max_position_embeddings=131072,
         norm_epsilon=1e-5,
         tied_embeddings=False,
-        qkv_bias=False,
-        qk_norm=False,
         rope_type="llama3",
         rope_theta=500000.0,
     )
+    assert (llama.qk_norm, llama.qkv_bias) == (False, False)
     qwen3 = read_architecture(write(QWEN3))
     assert (qwen3.head_dim, qwen3.query_size, qwen3.key_size) == (128, 4096, 1024)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.tied_embeddings) == (True, False, True)
     assert (qwen3.rope_type, qwen3.rope_theta) == ("default", 1e6)
     qwen2 = read_architecture(write(QWEN2))
     assert (qwen2.head_dim, qwen2.qk_norm, qwen2.qkv_bias) == (80, False, True)
+    moe = read_architecture(write(QWEN3_MOE))
+    assert (moe.num_experts, moe.experts_per_token, moe.ffn_hidden_size) == (128, 8, 768)
+    assert (moe.renormalized_routing, moe.qk_norm) == (True, True)
+    mistral = read_architecture(write(MISTRAL))
+    assert (mistral.head_dim, mistral.qk_norm, mistral.qkv_bias) == (128, False, False)
 
 
 def test_old_and_new_spelling_of_rope_mean_the_same(write: Write) -> None:
@@ -124,7 +161,8 @@ def test_what_transformers_writes_agrees_with_what_it_reads(tiny_models: dict[st
         architecture, config = read_architecture(folder), AutoConfig.from_pretrained(folder)
         assert architecture.num_layers == config.num_hidden_layers
         assert architecture.num_query_groups == config.num_key_value_heads
-        assert architecture.ffn_hidden_size == config.intermediate_size
+        width = config.moe_intermediate_size if architecture.num_experts else config.intermediate_size
+        assert architecture.ffn_hidden_size == width
         assert architecture.tied_embeddings == config.tie_word_embeddings
         assert architecture.rope_type == config.rope_parameters["rope_type"]
         assert architecture.rope_theta == config.rope_parameters["rope_theta"]
@@ -133,9 +171,11 @@ def test_what_transformers_writes_agrees_with_what_it_reads(tiny_models: dict[st
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (LLAMA31, {"model_type": "gemma3"}, "'gemma3' is not supported: use one of llama, qwen2, qwen3"),
+        (LLAMA31, {"model_type": "gemma3"}, "'gemma3' is not supported: use one of llama, mistral, qwen2, qwen3"),
+        (LLAMA31, {"model_type": "gemma3_text"}, "not supported, since its norms after attention"),
+        (LLAMA31, {"architectures": None}, "architectures = None"),
         (LLAMA31, {"model_type": ["llama"]}, "not supported"),
-        (LLAMA31, {"architectures": ["LlamaForSequenceClassification"]}, "must be LlamaForCausalLM"),
+        (LLAMA31, {"architectures": ["LlamaForSequenceClassification"]}, r"must have \['LlamaForCausalLM'\]"),
         (LLAMA31, {"attention_bias": True}, "attention_bias = True"),
         (LLAMA31, {"mlp_bias": True}, "mlp_bias = True"),
         (LLAMA31, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -159,6 +199,10 @@ def test_what_transformers_writes_agrees_with_what_it_reads(tiny_models: dict[st
         (QWEN3, {"layer_types": ["full_attention"] * 35 + ["sliding_attention"]}, "layer_types"),
         (QWEN3, {"num_experts": 8}, "num_experts = 8"),
         (QWEN2, {"use_mrope": True}, "use_mrope = True"),
+        (MISTRAL, {"sliding_window": 4096}, "sliding_window = 4096"),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        (QWEN3_MOE, {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
     ],
 )
 def test_a_field_that_would_be_computed_differently_is_refused_by_name(
@@ -168,6 +212,12 @@ def test_a_field_that_would_be_computed_differently_is_refused_by_name(
     read_architecture(folder)
     with pytest.raises(ConfigError, match=message):
         read_architecture(write(config | change))
+
+
+def test_a_field_whose_absence_means_something_else_must_be_there(write: Write) -> None:
+    del (config := dict(MISTRAL))["sliding_window"]
+    with pytest.raises(ConfigError, match="sliding_window is missing"):
+        read_architecture(write(config))
 
 
 def test_a_folder_without_readable_safetensors_is_refused_with_what_it_holds(write: Write, tmp_path: Path) -> None:
@@ -198,6 +248,15 @@ def test_a_layout_that_does_not_divide_is_refused(write: Write, tensor: int, pip
     architecture.check_parallel(8, 4)
     with pytest.raises(ConfigError, match=message):
         architecture.check_parallel(tensor, pipeline)
+
+
+def test_experts_must_divide_too(write: Write) -> None:
+    with pytest.raises(ConfigError, match="has no experts"):
+        read_architecture(write(QWEN3)).check_parallel(1, 1, 2)
+    architecture = read_architecture(write(QWEN3_MOE))
+    architecture.check_parallel(4, 4, 16)
+    with pytest.raises(ConfigError, match="expert parallel size 3 does not divide num_experts = 128"):
+        architecture.check_parallel(1, 1, 3)
 
 
 def test_reading_needs_neither_torch_nor_transformers_nor_megatron() -> None:

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from megatron_sgopd.models.architecture import Architecture, read_architecture
-from megatron_sgopd.models.weights import (
-    Layout,
+from megatron_sgopd.models.digests import slab_digest, tensor_digest
+from megatron_sgopd.models.families import FAMILIES
+from megatron_sgopd.models.families.base import Layout
+from megatron_sgopd.models.weight_map import (
+    Chunk,
+    Owner,
+    ParallelLayout,
     Parameter,
+    owned_parameters,
     parameter_count,
     parameters,
-    slab_digest,
-    tensor_digest,
 )
 
 
@@ -27,9 +31,10 @@ def layouts(draw: st.DrawFn) -> tuple[Architecture, int, int]:
     tensor = draw(st.integers(1, 4))
     groups = tensor * draw(size)
     vocab_size = draw(st.integers(1, 9))
+    family = draw(st.sampled_from(list(FAMILIES.values())))
     architecture = Architecture(
         folder=Path("unused"),
-        model_type="random",
+        model_type=family.model_type,
         num_layers=draw(size),
         hidden_size=draw(st.integers(1, 7)),
         ffn_hidden_size=tensor * draw(size),
@@ -40,10 +45,9 @@ def layouts(draw: st.DrawFn) -> tuple[Architecture, int, int]:
         max_position_embeddings=8,
         norm_epsilon=1e-6,
         tied_embeddings=draw(st.booleans()),
-        qkv_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
         rope_type="default",
         rope_theta=10000.0,
+        num_experts=draw(st.integers(1, 4)) if family.has_experts else 0,
     )
     architecture.check_parallel(tensor, 1)
     multiple = tensor * draw(size)
@@ -87,6 +91,71 @@ def test_shards_tile_every_tensor_exactly_once(layout: tuple[Architecture, int, 
 
 
 @given(layouts())
+def test_chunks_tile_every_tensor_of_a_checkpoint_exactly_once(layout: tuple[Architecture, int, int]) -> None:
+    architecture, tensor, padded_vocab_size = layout
+    tensors: dict[str, torch.Tensor] = {}
+    for compared, ways in ((False, tensor), (True, 1)):  # written for `tensor` ranks, read as blocks of one
+        for parameter in owned_parameters(architecture):
+            pieces = {piece.name: values for piece, values in zip(parameter.pieces, _numbered(parameter), strict=True)}
+            for chunk in parameter.chunks(ways, padded_vocab_size):
+                block = _filled(chunk, pieces)
+                whole = tensors.setdefault(chunk.key, torch.full(chunk.global_shape, -1))
+                place = whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))]
+                if not compared:
+                    assert (place == -1).all()
+                    place.copy_(block.view(place.shape))
+                assert torch.equal(place, block.view(place.shape))
+    assert all((whole != -1).all() for whole in tensors.values())
+
+
+def _filled(chunk: Chunk, pieces: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The chunk with its slabs of `pieces`, and zeros where it pads the vocabulary."""
+    block = torch.zeros(chunk.shape, dtype=torch.int64)
+    for slab in chunk.slabs:
+        span = pieces[slab.piece.name].narrow(slab.axis, slab.start, slab.stop - slab.start)
+        view = slab.view(block)
+        view.copy_(span.reshape(view.shape))
+    return block
+
+
+@given(layouts(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_every_parameter_has_one_owner(
+    layout: tuple[Architecture, int, int], pipeline: int, virtual_pipeline: int, expert: int
+) -> None:
+    architecture = layout[0]
+    stages = pipeline * virtual_pipeline
+    architecture = dataclasses.replace(
+        architecture,
+        num_layers=stages * architecture.num_layers,
+        num_experts=expert * architecture.num_experts,
+    )
+    sizes = ParallelLayout(1, pipeline, virtual_pipeline, expert)
+    layers: dict[tuple[int, int], set[int]] = {}
+    experts: dict[int, set[int]] = {}
+    for parameter in parameters(architecture):
+        owner = parameter.owner(sizes)
+        if parameter.layer is not None:
+            layers.setdefault((owner.virtual_pipeline, owner.pipeline), set()).add(parameter.layer)
+        elif parameter.entry.local.startswith("embedding"):
+            assert owner == Owner(0, 0, None)
+        else:
+            assert owner == Owner(pipeline - 1, virtual_pipeline - 1, None)
+        if parameter.expert is not None:
+            assert owner.expert is not None
+            experts.setdefault(owner.expert, set()).add(parameter.expert)
+    # Each stage has an equal run of layers, the stages of one virtual part before those of the next.
+    share = architecture.num_layers // stages
+    assert [sorted(layers[place]) for place in sorted(layers)] == [
+        list(range(part * share, (part + 1) * share)) for part in range(stages)
+    ]
+    if architecture.num_experts:
+        share = architecture.num_experts // expert
+        assert [sorted(experts[rank]) for rank in range(expert)] == [
+            list(range(rank * share, (rank + 1) * share)) for rank in range(expert)
+        ]
+
+
+@given(layouts())
 def test_digests_of_slabs_add_up_to_the_tensor_digest(layout: tuple[Architecture, int, int]) -> None:
     architecture, tensor, padded_vocab_size = layout
     for parameter in parameters(architecture):
@@ -102,9 +171,7 @@ def test_digests_of_slabs_add_up_to_the_tensor_digest(layout: tuple[Architecture
 
 def test_query_groups_lie_in_megatrons_order() -> None:
     # Megatron's fused projection: for each query group, its query heads, its key head, its value head.
-    architecture = Architecture(
-        Path("unused"), "random", 1, 1, 2, 4, 2, 2, 3, 8, 1e-6, True, False, False, "default", 1e4
-    )
+    architecture = Architecture(Path("unused"), "llama", 1, 1, 2, 4, 2, 2, 3, 8, 1e-6, True, "default", 1e4)
     [qkv] = [entry for entry in parameters(architecture) if entry.layout is Layout.QUERY_GROUPS]
     query, key, value = _numbered(qkv)
     shard = torch.empty(qkv.shard_shape(1, 4), dtype=torch.int64)
@@ -120,12 +187,7 @@ def test_the_table_names_and_shapes_what_transformers_saves(tiny_models: dict[st
         architecture = read_architecture(folder)
         with safe_open(folder / "model.safetensors", "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        table = {
-            piece.name: piece.shape
-            for parameter in parameters(architecture)
-            if not parameter.entry.duplicate
-            for piece in parameter.pieces
-        }
+        table = {piece.name: piece.shape for parameter in owned_parameters(architecture) for piece in parameter.pieces}
         assert table == stored
         assert parameter_count(architecture) == sum(torch.Size(shape).numel() for shape in stored.values())
 
@@ -160,7 +222,7 @@ def test_the_digest_does_not_depend_on_how_the_tensor_lies_in_memory(monkeypatch
     weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     whole = tensor_digest(weight)
     assert tensor_digest(weight.T.contiguous().T) == whole
-    monkeypatch.setattr("megatron_sgopd.models.weights._CHUNK", 7)
+    monkeypatch.setattr("megatron_sgopd.models.digests._CHUNK", 7)
     assert tensor_digest(weight) == whole
 
 

@@ -1,0 +1,120 @@
+"""Reading the weights of a Hugging Face folder, slab by slab, after its files were checked against the table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_sgopd.errors import ConfigError, some
+from megatron_sgopd.models.architecture import INDEX_FILE, SINGLE_FILE, Architecture
+from megatron_sgopd.models.weight_map import Piece, Slab, owned_parameters
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Of weights on disk, under safetensors' names."""
+
+
+class HuggingFaceWeights:
+    """The open safetensors of a model folder. Files are mapped into memory, and only what is asked for is read."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        """Open all files and check their headers.
+
+        Raises:
+            ConfigError: a file cannot be read, or a tensor is missing, superfluous, or of another shape or dtype.
+        """
+        self.bytes_read = 0
+        self._stack = contextlib.ExitStack()
+        try:
+            self._files = _open_folder(architecture, self._stack)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> HuggingFaceWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of a tensor on disk."""
+        return DTYPES[self._slice(piece).get_dtype()]
+
+    def read(self, slab: Slab) -> torch.Tensor:
+        """The slab, as it is on disk."""
+        span, file = slice(slab.start, slab.stop), self._slice(slab.piece)
+        tensor = file[span] if slab.axis == 0 else file[:, span]
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def fill(self, slabs: Iterable[Slab], shard: torch.Tensor) -> None:
+        """Read `slabs` into their places in `shard`, in its dtype; rows beyond, which pad a vocabulary, become zero."""
+        filled = 0
+        for slab in slabs:
+            target = slab.view(shard)
+            target.copy_(self.read(slab).view(target.shape))
+            filled += target.shape[0] * target.shape[1]
+        shard[filled:].zero_()
+
+    def _slice(self, piece: Piece) -> Any:
+        return self._files[piece.name].get_slice(piece.name)
+
+
+def _open_folder(architecture: Architecture, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The open file of each tensor, after the headers of all were checked against the table."""
+    folder = architecture.folder
+    index = None if (folder / SINGLE_FILE).is_file() else _read_index(folder / INDEX_FILE)
+    found, files = {}, {}
+    for name in sorted(set(index.values())) if index else [SINGLE_FILE]:
+        try:
+            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder / name} cannot be read as safetensors: {error}") from error
+        for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            found[key], files[key] = name, file
+    if index is not None and index != found:
+        wrong = {key for key in index.keys() | found.keys() if index.get(key) != found.get(key)}
+        raise ConfigError(f"{folder / INDEX_FILE} does not say where these tensors are: {some(wrong)}")
+
+    pieces = [piece for parameter in owned_parameters(architecture) for piece in parameter.pieces]
+    expected = {piece.name for piece in pieces}
+    missing = expected - files.keys()
+    # Transformers wrote these constants beside the weights once, and ignores them now.
+    superfluous = {key for key in files.keys() - expected if not key.endswith(".rotary_emb.inv_freq")}
+    if missing or superfluous:
+        faults = [f"lack {some(missing)}"] * bool(missing)
+        faults += [f"hold {some(superfluous)} beyond its config.json"] * bool(superfluous)
+        raise ConfigError(f"the safetensors of {folder} {' and '.join(faults)}: give a complete folder")
+    for piece in pieces:
+        header = files[piece.name].get_slice(piece.name)
+        if tuple(header.get_shape()) != piece.shape:
+            raise ConfigError(
+                f"{piece.name} in {folder} has shape {tuple(header.get_shape())}, "
+                f"and its config.json makes it {piece.shape}"
+            )
+        if header.get_dtype() not in DTYPES:
+            raise ConfigError(
+                f"{piece.name} in {folder} is {header.get_dtype()}: only {', '.join(DTYPES)} can be loaded"
+            )
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        placed = {str(key): str(file) for key, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as an index of safetensors: {error!r}") from error
+    outside = [file for file in placed.values() if Path(file).name != file]
+    if outside:
+        raise ConfigError(f"{path} names files outside its folder: {some(outside)}")
+    return placed
