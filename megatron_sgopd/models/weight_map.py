@@ -153,11 +153,14 @@ class Parameter:
             for piece, part in zip(self.pieces, grouped.split(sizes, dim=1), strict=True):
                 yield piece.name, part.reshape(piece.shape)
 
-    def chunks(self, tensor: int, padded_vocab_size: int) -> list[Chunk]:
+    def chunks(self, key: str, tensor: int, padded_vocab_size: int) -> list[Chunk]:
         """The blocks that make up the parameter in a `torch_dist` checkpoint whose writer split it `tensor` ways.
 
         In the checkpoint it is one tensor, its shard at tensor parallel size 1. Each rank's shard is a block of
         it, but for `Layout.COLUMN`, where each piece of each shard is one: the whole pieces follow each other.
+
+        Args:
+            key: one of its entry's `checkpoint_keys`.
         """
         lead: tuple[int, ...] = ()
         axes: tuple[int, ...] = ()
@@ -170,7 +173,6 @@ class Parameter:
         def add(start: int, shape: tuple[int, ...], slabs: Sequence[Slab]) -> None:
             offsets = [0] * len(whole)
             offsets[axis] = start
-            key = self.entry.checkpoint_key
             chunks.append(Chunk(key, (*lead, *offsets), (*axes, *whole), shape, tuple(slabs)))
 
         for rank in range(1 if self.layout is Layout.REPLICATED else tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,17 @@ def load_weights(model: GPTModel, architecture: Architecture, groups: ProcessGro
             group = _shard_group(parameter, groups)
             weights.fill(parameter.slabs(group.rank(), group.size(), model.vocab_size), weight)
         return weights.bytes_read
+
+
+def fill_whole_model(
+    model: GPTModel,
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+    fill: Callable[[Parameter, torch.Tensor], None],
+) -> None:
+    """Let `fill` set each weight of a model that is not split over ranks."""
+    for parameter, weight in _bind(model, architecture, groups).items():
+        fill(parameter, weight)
 
 
 # ---- Exporting ------------------------------------------------------------------------------------------

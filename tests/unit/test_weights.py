@@ -97,7 +97,10 @@ def test_chunks_tile_every_tensor_of_a_checkpoint_exactly_once(layout: tuple[Arc
     for compared, ways in ((False, tensor), (True, 1)):  # written for `tensor` ranks, read as blocks of one
         for parameter in owned_parameters(architecture):
             pieces = {piece.name: values for piece, values in zip(parameter.pieces, _numbered(parameter), strict=True)}
-            for chunk in parameter.chunks(ways, padded_vocab_size):
+            chunks = [
+                c for key in parameter.entry.checkpoint_keys for c in parameter.chunks(key, ways, padded_vocab_size)
+            ]
+            for chunk in chunks:
                 block = _filled(chunk, pieces)
                 whole = tensors.setdefault(chunk.key, torch.full(chunk.global_shape, -1))
                 place = whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))]

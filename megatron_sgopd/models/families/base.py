@@ -39,17 +39,18 @@ class Entry:
     """Of each Hugging Face tensor the name, then its shape in names of `Architecture`'s sizes."""
     transformer_engine: str | None = None
     """Its name in the Transformer Engine layer spec, where that is another."""
-    checkpoint: str | None = None
-    """Its key in a `torch_dist` checkpoint, where that is not the Transformer Engine name without the layer."""
+    checkpoint: tuple[str, ...] = ()
+    """Its keys in a `torch_dist` checkpoint, where that is not the Transformer Engine name without the layer. Layer
+    specs that disagree on the key make it several: all are written, any is read."""
     only_if: str | None = None
     """The flag of `Architecture` without which the parameter does not exist."""
     duplicate: bool = False
     """A second holder of tensors that another entry owns: loaded, never exported, digested or counted."""
 
     @property
-    def checkpoint_key(self) -> str:
-        """Its key in a `torch_dist` checkpoint, where layers and experts are leading axes of one tensor."""
-        return self.checkpoint or (self.transformer_engine or self.local).replace(".{layer}", "")
+    def checkpoint_keys(self) -> tuple[str, ...]:
+        """Its keys in a `torch_dist` checkpoint, where layers and experts are leading axes of one tensor."""
+        return self.checkpoint or ((self.transformer_engine or self.local).replace(".{layer}", ""),)
 
     @property
     def per_layer(self) -> bool:
@@ -160,14 +161,17 @@ DENSE_MLP = (
 )
 """SwiGLU with the norm before it."""
 
-ROUTER = _MEGATRON + "mlp.router.weight"
 EXPERTS = (
     Entry(  # not fused into what follows, since the router reads it too
         _MEGATRON + "pre_mlp_layernorm.weight",
         Layout.REPLICATED,
         ((_HF + "post_attention_layernorm.weight", "hidden_size"),),
+        # The local spec keeps it where a dense layer has it.
+        checkpoint=("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
     ),
-    Entry(ROUTER, Layout.REPLICATED, ((_HF + "mlp.gate.weight", "num_experts", "hidden_size"),)),
+    Entry(
+        _MEGATRON + "mlp.router.weight", Layout.REPLICATED, ((_HF + "mlp.gate.weight", "num_experts", "hidden_size"),)
+    ),
     Entry(
         _EXPERTS + "local_experts.{expert}.linear_fc1.weight",
         Layout.COLUMN,
@@ -176,14 +180,14 @@ EXPERTS = (
             (_HF_EXPERT + "up_proj.weight", "ffn_hidden_size", "hidden_size"),
         ),
         transformer_engine=_EXPERTS + "linear_fc1.weight{expert}",
-        checkpoint="decoder.layers.mlp.experts.experts.linear_fc1.weight",
+        checkpoint=("decoder.layers.mlp.experts.experts.linear_fc1.weight",),
     ),
     Entry(
         _EXPERTS + "local_experts.{expert}.linear_fc2.weight",
         Layout.ROW,
         ((_HF_EXPERT + "down_proj.weight", "hidden_size", "ffn_hidden_size"),),
         transformer_engine=_EXPERTS + "linear_fc2.weight{expert}",
-        checkpoint="decoder.layers.mlp.experts.experts.linear_fc2.weight",
+        checkpoint=("decoder.layers.mlp.experts.experts.linear_fc2.weight",),
     ),
 )
 """A router and SwiGLU experts with the norm before them; without shared experts."""

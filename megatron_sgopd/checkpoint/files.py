@@ -1,0 +1,103 @@
+"""Files that are there whole or not at all, and a folder that appears only when it is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.errors import ConfigError
+
+_JOB = "job.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file and sync it, so that after a crash it has its old or its new content."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        sync(file.fileno())
+    temporary.rename(path)
+
+
+def sync(descriptor: int) -> None:
+    """Bring an open file's data to the disk."""
+    os.fsync(descriptor)
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file's data, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Staging:
+    """`OUT.partial`, where a conversion works until it may be called `OUT`. One that was cut off is gone on with."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(f"{out.name}.partial")
+
+    def check(self, job: Mapping[str, Any], needed_bytes: int) -> None:
+        """Check that this conversion may start or go on, before anything is written.
+
+        Args:
+            job: what is converted and how; work that was left by another job is not gone on with.
+            needed_bytes: what it will write.
+
+        Raises:
+            ConfigError: the output exists, the disk is too small, or the work that was left is another job's.
+        """
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ConfigError(f"{self.out} exists and is not an empty folder: remove it, or choose another output")
+        left = self.folder / _JOB
+        earlier = json.loads(left.read_text()) if left.is_file() else None
+        if earlier is not None and earlier != job:
+            changed = sorted(key for key in earlier.keys() | job.keys() if earlier.get(key) != job.get(key))
+            raise ConfigError(
+                f"{self.folder} is the unfinished work of a conversion with another {', '.join(changed)}: "
+                "give the same arguments to go on with it, or remove it"
+            )
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
+        if not os.access(existing, os.W_OK):
+            raise ConfigError(f"{existing} cannot be written to: choose another output")
+        already = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if earlier else 0
+        free = shutil.disk_usage(existing).free
+        if free < needed_bytes - already:
+            raise ConfigError(
+                f"the output takes {needed_bytes / 2**30:.1f} GiB, and {existing} has {free / 2**30:.1f} GiB free: "
+                "free some space, or choose another output"
+            )
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Make the folder, marked as this job's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / _JOB, json.dumps(job).encode())
+
+    def publish(self) -> None:
+        """Give the finished folder its name."""
+        (self.folder / _JOB).unlink()
+        for folder, _, _ in os.walk(self.folder):
+            sync_path(Path(folder))
+        if self.out.is_dir():
+            self.out.rmdir()
+        self.folder.rename(self.out)
+        sync_path(self.out.absolute().parent)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turn a failure to write into a message that says what is left and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"writing {self.folder} failed: {error.strerror or error}. What was finished is kept there: "
+                "mend the cause and start again with the same arguments to go on"
+            ) from error

@@ -1,0 +1,71 @@
+"""Where a checkpoint is, and what it says of where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sgopd.checkpoint.torch_dist import METADATA
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.recipe import RESOLVED
+
+CONVERSION = "conversion.json"
+"""Where a conversion says what it made and how that was proven."""
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Where Megatron says which iteration is the newest complete one."""
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The folder that holds the blocks: `path` itself, the newest complete one in it, or that of `step`.
+
+    Args:
+        path: an `iter_…` or `release` folder, a Megatron `--save` folder, or a run folder of this project.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for root in (path, path / "checkpoints"):
+        if step is None and (root / METADATA).is_file():
+            return root
+        tracker = root / TRACKER
+        if not tracker.is_file():
+            continue
+        newest = tracker.read_text().strip()
+        if step is not None:
+            newest = str(step)
+        folder = root / (newest if newest == "release" else f"iter_{int(newest):07d}")
+        if not (folder / METADATA).is_file():
+            steps = sorted(found.name for found in root.iterdir() if (found / METADATA).is_file())
+            raise ConfigError(f"{folder} is no complete checkpoint: {root} has {', '.join(steps) or 'none'}")
+        return folder
+    raise ConfigError(
+        f"{path} is no torch_dist checkpoint: give a folder with {TRACKER}, an iter_… folder, or a run folder"
+    )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    path = folder / RESOLVED
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no {RESOLVED}")
+    return yaml.safe_load(path.read_text())
+
+
+def source_of(checkpoint: Path) -> Path:
+    """The Hugging Face folder that a checkpoint was made from."""
+    record = checkpoint.parent / CONVERSION
+    if record.is_file():
+        return Path(json.loads(record.read_text())["source"])
+    if (checkpoint.parent.parent / RESOLVED).is_file():
+        return Path(read_run(checkpoint.parent.parent)["model"]["path"])
+    raise ConfigError(
+        f"{checkpoint} does not say what model it is of: give --like FOLDER, a Hugging Face folder with its "
+        "config.json and tokenizer"
+    )
