@@ -282,7 +282,8 @@ def _conclude(
     size = parameter_count(architecture) * (options.dtype or torch.bfloat16).itemsize
     level = options.verify or ("full" if size < FULL_PROOF_BYTES else "sample")
     clock = time.monotonic()
-    proof = prove(architecture, weights, reader, level, source_is_megatron=job["direction"] == "to-hf", say=_say)
+    from_megatron = job["direction"] == "to-hf"
+    proof = prove(architecture, weights, reader, level, from_megatron, options.dtype, _say)
     record = job | {
         "versions": {
             name: version(name) for name in ("megatron-sgopd", "megatron-core", "torch", "transformers", "safetensors")

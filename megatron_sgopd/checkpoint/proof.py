@@ -6,6 +6,7 @@ So both models also run, as transformers and as Megatron build them, on the same
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ def prove(
     reader: CheckpointReader,
     level: str,
     source_is_megatron: bool,
+    dtype: torch.dtype | None,
     say: Callable[[str], None],
 ) -> Proof:
     """Compare folder and checkpoint.
@@ -62,7 +64,8 @@ def prove(
         level: `full`: every tensor, then the whole model's log-probs and greedy continuation against
             transformers. `sample`: the same of a model cut to its first layers, for models that do not fit
             into memory twice in float32. `off`: nothing.
-        source_is_megatron: which side the other was made from, and rounded from if the dtypes differ.
+        source_is_megatron: which side the other was made from.
+        dtype: what the weights were rounded to on the way; None: nothing.
         say: takes lines of progress.
     """
     if level == "off":
@@ -74,7 +77,13 @@ def prove(
         return Proof(level, False, f"{len(different)} tensors differ, first {different[0]}", digests)
     layers = architecture.num_layers if level == "full" else min(SAMPLE_LAYERS, architecture.num_layers)
     say(f"proving that transformers and Megatron compute the same from {layers} of {architecture.num_layers} layers")
-    return _compare_models(dataclasses.replace(architecture, num_layers=layers), reader, level, digests)
+    architecture = dataclasses.replace(architecture, num_layers=layers)
+    with torch.no_grad(), _megatron_model(architecture, reader) as ours:
+        theirs = _transformers_model(architecture)
+        if dtype is not None:
+            for parameter in (*ours.parameters(), *theirs.parameters()):
+                parameter.copy_(parameter.to(dtype))  # one of the two is rounded already
+        return _compare_models(architecture, ours, theirs, level, digests)
 
 
 def _silence_libraries() -> None:
@@ -118,10 +127,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 # ---- Both models on the same tokens ---------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _compare_models(architecture: Architecture, reader: CheckpointReader, level: str, digests: dict[str, str]) -> Proof:
-    theirs = _transformers_model(architecture)
-    ours = _megatron_model(architecture, reader)
+def _compare_models(architecture: Architecture, ours: Any, theirs: Any, level: str, digests: dict[str, str]) -> Proof:
     tokens, prompt = _token_rows(architecture)
     gap = 0.0
     for rows in tokens.split(4):
@@ -178,7 +184,8 @@ def _transformers_model(architecture: Architecture) -> Any:
     ).eval()
 
 
-def _megatron_model(architecture: Architecture, reader: CheckpointReader) -> Any:
+@contextlib.contextmanager
+def _megatron_model(architecture: Architecture, reader: CheckpointReader) -> Iterator[Any]:
     """The model as Megatron builds and loads it, in float32 on this process's CPUs."""
     from megatron_sgopd import platform
 
@@ -208,7 +215,9 @@ def _megatron_model(architecture: Architecture, reader: CheckpointReader) -> Any
         model.load_state_dict(state["model"])
     else:
         fill_whole_model(model, architecture, groups, reader.fill)
-    return model
+    yield model
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _log_probs(model: Any, tokens: torch.Tensor, architecture: Architecture) -> torch.Tensor:

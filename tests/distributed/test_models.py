@@ -16,14 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from megatron_models import LAYOUTS, build, forward, process_groups
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 
 LENGTH = 256  # four times the positions where the fixture's rope scaling starts
-LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2))
-"""Tensor, pipeline and expert parallel sizes."""
 
 
 def test_models_equal_transformers_and_export_bit_equal_at_every_layout(
@@ -70,42 +69,6 @@ def _check_models(folders: dict[str, Path], tmp_path: Path) -> None:
     dist.destroy_process_group()
 
 
-def _base_config(**changes: Any) -> Any:
-    """A run's configuration, of another shape than any of the models."""
-    from megatron.core.transformer import TransformerConfig
-
-    fields: dict[str, Any] = {
-        "num_layers": 1,
-        "hidden_size": 8,
-        "num_attention_heads": 1,
-        "use_cpu_initialization": True,
-        "params_dtype": torch.float32,
-    }
-    return TransformerConfig(**(fields | changes))
-
-
-def _groups() -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    return ProcessGroupCollection.use_mpu_process_groups()
-
-
-def _build(architecture: Architecture, layout: tuple[int, int, int] = (1, 1, 1), **changes: Any) -> Any:
-    from megatron.core import parallel_state
-
-    from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
-
-    return build_model(
-        architecture,
-        transformer_config(architecture, _base_config(**changes), *layout),
-        _groups(),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        # At TP=2 the second rank holds padding alone.
-        padded_vocab_size=padded_vocab_size(architecture, layout[0], divisible_by=256),
-    )
-
-
 def _check_model(
     architecture: Architecture, tokens: torch.Tensor, expected: torch.Tensor, layout: tuple[int, int, int]
 ) -> None:
@@ -116,8 +79,8 @@ def _check_model(
     from megatron_sgopd.models.provider import check_model
     from megatron_sgopd.models.weight_map import ParallelLayout, owned_parameters, parameter_count
 
-    (tensor, pipeline, expert), groups = layout, _groups()
-    model = _build(architecture, layout)
+    (tensor, pipeline, expert), groups = layout, process_groups()
+    model = build(architecture, layout)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))  # whatever is not loaded shows
@@ -130,7 +93,7 @@ def _check_model(
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             assert padding == 0 or not parameter[-padding:].any(), name
 
-    logprobs = _forward(model, tokens, architecture.vocab_size)
+    logprobs = forward(model, tokens, architecture.vocab_size)
     if logprobs is not None:
         # float32 sums of 64 to 256 terms in another order, through four layers.
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
@@ -164,7 +127,7 @@ def _check_model(
     assert parameter_count(architecture) == sum(weight.numel() for weight in stored.values())
 
     # Local norms stay float32 in a bfloat16 model, so both dtypes travel.
-    mixed = _build(architecture, layout, params_dtype=torch.bfloat16)
+    mixed = build(architecture, layout, params_dtype=torch.bfloat16)
     weights.load_weights(mixed, architecture, groups)
     digests = weights.shard_digests(mixed, architecture, groups)
     for name, weight in weights.export_weights(mixed, architecture, groups, 50_000):
@@ -192,31 +155,6 @@ def _check_read_once(read: int, architecture: Architecture, stored: dict[str, to
         ):
             expected += copies * sum(stored[piece.name].nbytes for piece in parameter.pieces)
     assert int(total) == expected
-
-
-def _forward(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
-    """Log-probs [rows, length, vocabulary] on the last pipeline stage, None on the others."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    from megatron_sgopd import platform
-
-    rows, length = tokens.shape
-    model.eval()
-    with torch.no_grad():
-        if not parallel_state.is_pipeline_first_stage():
-            hidden = torch.empty(length, rows, model.config.hidden_size)
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-            model.set_input_tensor(hidden)
-        output = model(
-            tokens,
-            torch.arange(length).expand(rows, length),
-            **platform.current().packed_attention(torch.zeros_like(tokens)),
-        )
-        if not parallel_state.is_pipeline_last_stage():
-            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-            return None
-        return gather_from_tensor_model_parallel_region(output)[..., :vocab_size].log_softmax(-1)
 
 
 @contextlib.contextmanager
@@ -262,7 +200,7 @@ def _check_flags(architectures: dict[str, Architecture]) -> None:
         flags = [*megatron_flags(architecture), *padded, *run, *platform.current().megatron_flags]
         with unittest.mock.patch("sys.argv", ["train", *flags]):
             args = validate_args(parse_args())
-        model = _build(architecture)
+        model = build(architecture)
         model.config = core_transformer_config_from_args(args)
         model.vocab_size = args.padded_vocab_size
         model.position_embedding_type = args.position_embedding_type
@@ -290,7 +228,7 @@ def _check_differing_models_refused(architectures: dict[str, Architecture]) -> N
         ),
         (qwen2, dataclasses.replace(qwen2, vocab_size=300), "--padded-vocab-size"),
     ):
-        model = _build(built)
+        model = build(built)
         check_model(model, built)
         with pytest.raises(ConfigError, match=message):
             check_model(model, described)
@@ -299,7 +237,7 @@ def _check_differing_models_refused(architectures: dict[str, Architecture]) -> N
 def _check_bad_files_refused(qwen3: Architecture, scratch: Path) -> None:
     from megatron_sgopd.models.weights import load_weights
 
-    model = _build(qwen3)
+    model = build(qwen3)
     stored = load_file(qwen3.folder / "model.safetensors")
     gate, norm = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
     for broken, message in (
@@ -312,11 +250,11 @@ def _check_bad_files_refused(qwen3: Architecture, scratch: Path) -> None:
         shutil.copytree(qwen3.folder, folder, dirs_exist_ok=True)
         save_file(broken, folder / "model.safetensors")
         with pytest.raises(ConfigError, match=message):
-            load_weights(model, dataclasses.replace(qwen3, folder=folder), _groups())
+            load_weights(model, dataclasses.replace(qwen3, folder=folder), process_groups())
     whole = (qwen3.folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="cannot be read as safetensors"):
-        load_weights(model, dataclasses.replace(qwen3, folder=folder), _groups())
+        load_weights(model, dataclasses.replace(qwen3, folder=folder), process_groups())
 
 
 def _check_sharded_files(qwen2: Architecture, scratch: Path) -> None:
@@ -337,8 +275,8 @@ def _check_sharded_files(qwen2: Architecture, scratch: Path) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
 
     sharded = dataclasses.replace(qwen2, folder=folder)
-    groups = _groups()
-    model = _build(qwen2)
+    groups = process_groups()
+    model = build(qwen2)
     load_weights(model, sharded, groups)
     assert shard_digests(model, qwen2, groups) == {name: tensor_digest(stored[name]) for name in stored}
 
