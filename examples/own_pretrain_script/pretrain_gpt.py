@@ -11,6 +11,7 @@ if __name__ == "__main__":
     register()  # <- 2: before Megatron is imported where there is no GPU, before it parses its flags everywhere
 
 import torch
+from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -68,7 +69,8 @@ def loss_function(loss_mask, losses):
 
 
 def forward_step(data_iterator, model):
-    batch = get_batch_on_this_cp_rank({key: value.cuda() for key, value in next(data_iterator).items()})
+    batch = {key: value.cuda() for key, value in next(data_iterator).items()}
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     return output, partial(loss_function, batch["loss_mask"])
 

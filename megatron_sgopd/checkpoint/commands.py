@@ -152,11 +152,22 @@ def _options(arguments: argparse.Namespace, **more: Any) -> Options:
 
 
 def _to_megatron(arguments: argparse.Namespace) -> int:
-    from megatron_sgopd.checkpoint.convert import Ranks, to_megatron
+    from megatron_sgopd.checkpoint.convert import FLAGS, Ranks, to_megatron
+    from megatron_sgopd.models.architecture import read_architecture
 
     options = _options(arguments, tensor=arguments.tensor_parallel, part_bytes=arguments.part_size)
-    proof = to_megatron(arguments.source, arguments.out, options, Ranks.from_environment())
-    return _report(proof, arguments.out)
+    out = arguments.out
+    proof = to_megatron(arguments.source, out, options, Ranks.from_environment())
+    code = _report(proof, out)
+    if proof is not None and code == 0:
+        print(f"Load it with: --load {out} $(cat {out / FLAGS})")
+        if (rope := read_architecture(arguments.source).rope_type) != "default":
+            print(
+                f"Its rope ({rope}) has no flags in Megatron: after building the model, call "
+                "megatron_sgopd.models.provider.set_rotary_frequencies(model, read_architecture(FOLDER)). "
+                "A recipe of megatron-sgopd does so by itself."
+            )
+    return code
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:

@@ -37,6 +37,8 @@ from megatron_sgopd.models.huggingface import HuggingFaceWeights
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import Parameter, parameter_count
 
+FLAGS = "megatron_flags.txt"
+"""The flags with which stock Megatron builds the model of a converted checkpoint."""
 FULL_PROOF_BYTES = 20 << 30
 """Below this size the default proof is the full one."""
 
@@ -129,9 +131,16 @@ def to_megatron(source: Path, out: Path, options: Options, ranks: Ranks) -> Proo
                 return None
             writer.finish()
             write_atomically(staging.folder / TRACKER, b"release")
+            flags = [*megatron_flags(architecture), "--padded-vocab-size", str(rows)]
+            write_atomically(staging.folder / FLAGS, _flag_lines(flags).encode())
         seconds = time.monotonic() - clock
         reader = CheckpointReader(folder)
         return _conclude(staging, job, architecture, weights, reader, options, seconds)
+
+
+def _flag_lines(flags: Sequence[str]) -> str:
+    """A flag and its value on each line."""
+    return "".join(f"\n{word}" if word.startswith("--") else f" {word}" for word in flags).lstrip() + "\n"
 
 
 def _common_state(architecture: Architecture, rows: int) -> dict[str, Any]:
