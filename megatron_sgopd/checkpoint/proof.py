@@ -237,7 +237,7 @@ def _reference(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _first_difference(architecture: Architecture, ours: Any, theirs: Any, tokens: torch.Tensor) -> str:
-    """The tensors after which the models part: their modules' inputs still agree, those of the next do not."""
+    """Where the models part: the first module whose inputs differ, and the tensors since the last where they agree."""
     pairs = list(_module_pairs(architecture, ours, theirs))
     seen: dict[int, torch.Tensor] = {}
 
@@ -257,14 +257,16 @@ def _first_difference(architecture: Architecture, ours: Any, theirs: Any, tokens
     for hook in hooks:
         hook.remove()
     suspects: list[Parameter] = []
+    place = "in the log-probs"
     for index, (parameters, *_) in enumerate(pairs):
         mine, other = (seen[2 * index + side].flatten() for side in (0, 1))
         if mine.shape != other.shape or not torch.allclose(mine.float(), other.float(), rtol=1e-4, atol=1e-5):
+            place = f"at the input of {parameters[0].pieces[0].name}"
             break
         suspects = parameters
     names = [piece.name for parameter in suspects for piece in parameter.pieces]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"in what is computed from {shown}" if names else "in the tokens themselves"
+    return f"{place}, computed from {shown}"
 
 
 def _module_pairs(architecture: Architecture, ours: Any, theirs: Any) -> Iterator[tuple[list[Parameter], Any, Any]]:
