@@ -27,8 +27,8 @@ LOGPROB_LIMIT = 1e-4
 """Largest difference of any log-prob, in nats. Both models compute in float32, whatever the weights' dtype."""
 SAMPLE_LAYERS = 2
 """Of the model that `sample` runs."""
-SEQUENCES, TOKENS = 64, 128
-CONTINUATION = 32
+SEQUENCES, TOKENS = 64, 64
+CONTINUATION = 64
 """Tokens of the greedy continuation."""
 
 
@@ -128,6 +128,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _compare_models(architecture: Architecture, ours: Any, theirs: Any, level: str, digests: dict[str, str]) -> Proof:
+    from transformers import GenerationConfig
+
     tokens, prompt = _token_rows(architecture)
     gap = 0.0
     for rows in tokens.split(4):
@@ -137,7 +139,9 @@ def _compare_models(architecture: Architecture, ours: Any, theirs: Any, level: s
         where = _first_difference(architecture, ours, theirs, tokens[:1])
         fault = f"log-probs differ by {gap:.3g}, more than {LOGPROB_LIMIT}, first {where}"
     else:
-        continued = theirs.generate(prompt, max_new_tokens=CONTINUATION, min_new_tokens=CONTINUATION, do_sample=False)
+        # Not the folder's own generation settings, of which penalties and stop tokens would change the choice.
+        settings = GenerationConfig(max_new_tokens=CONTINUATION, do_sample=False, pad_token_id=0)
+        continued = theirs.generate(prompt, generation_config=settings)
         greedy = continued.shape[1] - prompt.shape[1]
         # The continuation is Megatron's own greedy one if each of its tokens is Megatron's choice after those before.
         choices = _log_probs(ours, continued, architecture)[:, prompt.shape[1] - 1 : -1].argmax(-1)

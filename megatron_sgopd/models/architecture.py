@@ -258,6 +258,8 @@ def _check_weights_present(folder: Path) -> None:
     mend = "save the model as safetensors"
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):
         mend = "pickle files are never loaded; " + mend + " (transformers: save_pretrained)"
+    if list(folder.glob("*.gguf")):
+        mend = "turn the GGUF file into safetensors with tools/gguf_to_hf.py FILE.gguf OUT"
     raise ConfigError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, only {_contents(folder)}: {mend}")
 
 
