@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from megatron_sgopd.errors import ConfigError
 
 _JOB = "job.json"
@@ -96,8 +98,20 @@ class Staging:
         """Turn a failure to write into a message that says what is left and how to go on."""
         try:
             yield
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = _reason(error)
+            if reason is None:
+                raise
             raise ConfigError(
-                f"writing {self.folder} failed: {error.strerror or error}. What was finished is kept there: "
+                f"writing {self.folder} failed: {reason}. What was finished is kept there: "
                 "mend the cause and start again with the same arguments to go on"
             ) from error
+
+
+def _reason(error: BaseException) -> str | None:
+    """What the system said, also where torch's or safetensors' writer made an error of its own of it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    return _reason(error.__context__) if error.__context__ else None
