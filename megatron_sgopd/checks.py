@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.checkpoint.files import check_conversion
 from megatron_sgopd.config import PromptSettings, Recipe, Settings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
@@ -47,6 +48,8 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
             "logging.record"
         )
     student, teacher = read_architecture(settings.model.path), read_architecture(settings.teacher.path)
+    for architecture in (student, teacher):
+        check_conversion(architecture.folder)
     _check_lengths(settings, student, teacher, row_tokens)
     tokenizer = _common_tokenizer(settings)
     heldout: Sequence[Prompt] = ()

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
         help="size at which it will mostly be loaded: each rank then reads its own bytes only (1)",
     )
     forward.add_argument(
-        "--part-size", type=_size, default=1 << 30, metavar="SIZE", help="about the size of a file (1GiB)"
+        "--part-size", type=_size, default=1 << 28, metavar="SIZE", help="about the size of a file (256MiB)"
     )
     _add_common(forward)
     forward.set_defaults(run=_to_megatron)
@@ -107,7 +107,7 @@ def _add_hugging_face(parser: argparse.ArgumentParser) -> None:
         "names)",
     )
     parser.add_argument(
-        "--max-shard-size", type=_size, default=5_000_000_000, metavar="SIZE", help="limit of a file (5GB)"
+        "--max-shard-size", type=_size, default=1_000_000_000, metavar="SIZE", help="limit of a file (1GB)"
     )
     parser.add_argument("--allow-no-tokenizer", action="store_true", help="write a folder without a tokenizer")
     _add_common(parser)

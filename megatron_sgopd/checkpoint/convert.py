@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgopd import __version__
-from megatron_sgopd.checkpoint.files import Staging, write_atomically
+from megatron_sgopd.checkpoint.files import CONVERSION, Staging, write_atomically
 from megatron_sgopd.checkpoint.huggingface import (
     DTYPE_NAMES,
     ShardPlan,
@@ -28,10 +28,9 @@ from megatron_sgopd.checkpoint.huggingface import (
     write_companions,
     write_shard,
 )
-from megatron_sgopd.checkpoint.locate import CONVERSION, TRACKER, find_checkpoint
+from megatron_sgopd.checkpoint.locate import TRACKER, find_checkpoint
 from megatron_sgopd.checkpoint.proof import Proof, prove
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader, CheckpointWriter
-from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.huggingface import HuggingFaceWeights
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
@@ -51,9 +50,9 @@ class Options:
     """Of the output; None: as in the input."""
     tensor: int = 1
     """The tensor parallel size that a Megatron checkpoint will mostly be loaded at."""
-    part_bytes: int = 1 << 30
+    part_bytes: int = 1 << 28
     """About the size of a file of a Megatron checkpoint."""
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: int = 1_000_000_000
     """Limit of a file of a Hugging Face folder."""
     verify: str | None = None
     """full, sample or off; None: full below `FULL_PROOF_BYTES`, else sample."""
@@ -197,6 +196,8 @@ def to_huggingface(
             for name, tensor in reader.pieces(parameter)
         }
         write_shard(staging.folder / plan.name(shard), tensors)
+        tensors.clear()
+        reader.release()
 
     clock = time.monotonic()
     with staging.explaining():
@@ -313,24 +314,6 @@ def _conclude(
         if proof.passed:
             staging.publish()
     return proof
-
-
-def check_conversion(folder: Path) -> None:
-    """Where a conversion made `folder`, check that it was proven and that its files are still those.
-
-    Raises:
-        ConfigError: it failed its proof, or a file has changed.
-    """
-    path = folder / CONVERSION
-    if not path.is_file():
-        return
-    record = json.loads(path.read_text())
-    if not record["proof"]["passed"]:
-        raise ConfigError(f"{path}: this conversion failed its proof: {record['proof']['fault']}; convert again")
-    for name, size in record["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise ConfigError(f"{file} is not the file that {path} speaks of ({size} bytes): convert again")
 
 
 def _say(message: str) -> None:

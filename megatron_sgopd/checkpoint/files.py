@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 
 from megatron_sgopd.errors import ConfigError
 
+CONVERSION = "conversion.json"
+"""Where a conversion says what it made and how that was proven."""
 _JOB = "job.json"
 
 
@@ -115,3 +117,19 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError):
         return str(error)
     return _reason(error.__context__) if error.__context__ else None
+
+
+def check_conversion(folder: Path) -> None:
+    """Where a conversion made `folder`, check that its files are still those that were proven.
+
+    Raises:
+        ConfigError: one is gone, or has another size.
+    """
+    path = folder / CONVERSION
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text())
+    for name, size in record["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ConfigError(f"{file} is not the file that {path} speaks of ({size} bytes): convert again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,8 +71,15 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one file of tensors; it is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(dict(tensors), temporary, metadata={"format": "pt"})
+    temporary.chmod(0o666 & ~_umask())  # the library makes it private to its user
     sync_path(temporary)
     temporary.rename(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_companions(folder: Path, plan: ShardPlan, like: Path, dtypes: Iterable[torch.dtype], card: str) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 
+from megatron_sgopd.checkpoint.files import CONVERSION
 from megatron_sgopd.checkpoint.torch_dist import METADATA
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.recipe import RESOLVED
 
-CONVERSION = "conversion.json"
-"""Where a conversion says what it made and how that was proven."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """Where Megatron says which iteration is the newest complete one."""
 

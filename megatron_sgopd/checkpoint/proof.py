@@ -115,6 +115,7 @@ def _compare_tensors(
             if reader.read(chunk)[architecture.vocab_size :].any():
                 different.append(f"{parameter.pieces[0].name} (rows that pad the vocabulary are not zero)")
         weights.release()
+        reader.release()
     return digests, different
 
 

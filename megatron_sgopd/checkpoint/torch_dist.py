@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    create_default_global_save_plan,
-)
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -131,14 +129,21 @@ class CheckpointReader:
                 )
 
     def read(self, chunk: Chunk) -> torch.Tensor:
-        """One block, in the dtype of the checkpoint, shaped `chunk.shape`."""
+        """One block, in the dtype of the checkpoint, shaped `chunk.shape`. It may be a view of the mapped file."""
         entry = self.tensors[chunk.key]
-        target = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
         near = TensorStorageMetadata(entry.properties, entry.size, self._near(chunk))
         items = create_read_items_for_chunk_list(chunk.key, near, [wanted])
-        self._storage.read_data(LoadPlan(items), _ReadInto(target)).wait()
+        if len(items) == 1:
+            return self._storage.part(items[0]).reshape(chunk.shape)
+        target = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
+        for item in items:
+            target[_spans(item.dest_offsets, item.lengths)] = self._storage.part(item)
         return target.view(chunk.shape)
+
+    def release(self) -> None:
+        """Let go of the memory that files are mapped to, once the blocks that were read are gone too."""
+        self._storage.mapped.clear()
 
     def _near(self, chunk: Chunk) -> list[ChunkStorageMetadata]:
         """The stored blocks that share the first axis' index with `chunk`: with many experts there are thousands."""
@@ -187,8 +192,36 @@ def compare_keys(reader: CheckpointReader, architecture: Architecture) -> tuple[
     return sorted(set(missing)), sorted(stored - known)
 
 
+def _spans(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
+
+
 class _Storage(FileSystemReader):
-    """Torch's reader, but its metadata, a pickle, may name nothing but the classes of such metadata."""
+    """Torch's reader, but its metadata, a pickle, may name nothing but the classes of such metadata, and blocks are
+    views of mapped files: torch's own way copies each byte three times."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.mapped: dict[str, mmap.mmap] = {}
+
+    def part(self, item: ReadItem) -> torch.Tensor:
+        """What `item` needs of a stored block."""
+        place = self.storage_data[item.storage_index]
+        with (Path(self.path) / place.relative_path).open("rb") as file:
+            # Under a fake tensor mode torch.load reads no data, and says where it lies in the file.
+            with FakeTensorMode():
+                fake = torch.load(self._slice_file(file, place), weights_only=True, map_location="cpu")
+            if place.relative_path not in self.mapped:
+                self.mapped[place.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        storage = fake.untyped_storage()
+        flat = torch.frombuffer(
+            self.mapped[place.relative_path],
+            dtype=fake.dtype,
+            count=storage.nbytes() // fake.dtype.itemsize,
+            offset=place.offset + storage._checkpoint_offset,
+        )
+        block = flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+        return block[_spans(item.storage_offsets, item.lengths)]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / METADATA
@@ -242,20 +275,6 @@ def load_metadata(data: bytes) -> Any:
     return _MetadataUnpickler(io.BytesIO(data)).load()
 
 
-class _ReadInto(DefaultLoadPlanner):
-    """Hands torch's reader the places of one block, which it was asked for alone."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        spans = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._target[tuple(slice(start, start + length) for start, length in spans)]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
-
-
 # ---- Writing --------------------------------------------------------------------------------------------
 
 
@@ -280,10 +299,12 @@ class CheckpointWriter:
             dtype_of: of a parameter in the checkpoint.
             padded_vocab_size: rows of embedding and output layer.
             tensor: blocks are cut for this tensor parallel size; any other can load them.
-            part_bytes: about the size of a part, and so of the memory that writing takes.
+            part_bytes: about the size of a part.
         """
         self._folder = folder
-        self._writer = FileSystemWriter(folder)
+        # Nothing is copied ahead: a block's memory is used again for the next of its shape.
+        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        self._blocks: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._chunks: dict[tuple[str, torch.Size], tuple[Chunk, torch.dtype]] = {}
         parts: list[list[WriteItem]] = [[]]
         sizes = [0]
@@ -316,8 +337,11 @@ class CheckpointWriter:
             common_state: for the part that holds it, the last.
         """
         self._receipt(part).parent.mkdir(parents=True, exist_ok=True)
-        planner = _Source(self._chunks, fill, common_state)
+        planner = _Source(self._chunks, self._blocks, fill, common_state)
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # torch's readers do not look at them
         results = self._writer.write_data(self._plans[part], planner).wait()
+        torch.serialization.set_crc32_options(checksums)
         write_atomically(self._receipt(part), pickle.dumps(results))
 
     def finish(self) -> None:
@@ -343,11 +367,12 @@ class _Source(DefaultSavePlanner):
     def __init__(
         self,
         chunks: Mapping[tuple[str, torch.Size], tuple[Chunk, torch.dtype]],
+        blocks: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor],
         fill: Callable[[Sequence[Any], torch.Tensor], None],
         common_state: dict,
     ) -> None:
         super().__init__()
-        self._chunks, self._fill, self._common_state = chunks, fill, common_state
+        self._chunks, self._blocks, self._fill, self._common_state = chunks, blocks, fill, common_state
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         key = write_item.index.fqn
@@ -358,7 +383,9 @@ class _Source(DefaultSavePlanner):
             return stored
         assert write_item.index.offset is not None
         chunk, dtype = self._chunks[key, write_item.index.offset]
-        block = torch.empty(chunk.shape, dtype=dtype)
+        if (chunk.shape, dtype) not in self._blocks:
+            self._blocks[chunk.shape, dtype] = torch.empty(chunk.shape, dtype=dtype)
+        block = self._blocks[chunk.shape, dtype]
         self._fill(chunk.slabs, block)
         return block.view(chunk.sizes)
 

@@ -1,12 +1,18 @@
 """Conversions of every architecture, as a user makes and looks at them."""
 
 import json
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from .conftest import Conversion, run, run_all
+from megatron_sgopd.checkpoint.files import check_conversion
+
+from .conftest import REPOSITORY, Conversion, environment, run, run_all
 
 
 def test_there_and_back_is_bit_equal(conversions: dict[str, Conversion]) -> None:
@@ -93,6 +99,45 @@ def test_inspect_and_diff_say_what_is_there(conversions: dict[str, Conversion], 
     [entry] = json.loads(different.output)["different"]
     assert entry["name"] == name
     assert abs(entry["max"] - 0.25) < 1e-6
+
+
+def test_ranks_share_the_work(conversions: dict[str, Conversion], tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    out = tmp_path / "out"
+    command = ["tools/convert_checkpoint.py", "to-megatron", str(conversions["qwen3"].source), str(out)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command, "--part-size", "50KB"],
+            cwd=REPOSITORY,
+            env=environment()
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "proven (full)" in outputs[0]
+    assert "on rank 0 of 2" in outputs[0]
+    assert run("diff", out, conversions["qwen3"].source).code == 0
+
+
+def test_training_refuses_a_converted_folder_that_was_changed(
+    conversions: dict[str, Conversion], tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(conversions["qwen3"].back, changed)
+    check_conversion(changed)
+    path = changed / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b" ")
+    recipe = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
+    finished = run("train", recipe, "--set", f"model.path={changed}", "--dry-run")
+    assert finished.code == 2
+    assert "is not the file that" in finished.errors
 
 
 def test_the_wrong_model_is_refused(conversions: dict[str, Conversion], tmp_path: Path) -> None:
