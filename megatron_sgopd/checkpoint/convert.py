@@ -289,8 +289,12 @@ def _conclude(
     seconds: float,
 ) -> Proof:
     """Prove the conversion, write that down, and give the output its name if it holds."""
-    size = parameter_count(architecture) * (options.dtype or torch.bfloat16).itemsize
-    level = options.verify or ("full" if size < FULL_PROOF_BYTES else "sample")
+    files = {
+        str(path.relative_to(staging.folder)): path.stat().st_size
+        for path in sorted(staging.folder.rglob("*"))
+        if path.suffix in (".safetensors", ".distcp")
+    }
+    level = options.verify or ("full" if sum(files.values()) < FULL_PROOF_BYTES else "sample")
     clock = time.monotonic()
     from_megatron = job["direction"] == "to-hf"
     proof = prove(architecture, weights, reader, level, from_megatron, options.dtype, _say)
@@ -303,11 +307,7 @@ def _conclude(
         "padded_vocab_size": reader.padded_vocab_size(),
         "seconds": {"write": round(seconds, 3), "prove": round(time.monotonic() - clock, 3)},
         "proof": asdict(proof),
-        "files": {
-            str(path.relative_to(staging.folder)): path.stat().st_size
-            for path in sorted(staging.folder.rglob("*"))
-            if path.suffix in (".safetensors", ".distcp")
-        },
+        "files": files,
     }
     with staging.explaining():
         write_atomically(staging.folder / CONVERSION, json.dumps(record, indent=1).encode())

@@ -32,9 +32,9 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         tracker = root / TRACKER
         if not tracker.is_file():
             continue
-        newest = tracker.read_text().strip()
-        if step is not None:
-            newest = str(step)
+        newest = tracker.read_text().strip() if step is None else str(step)
+        if newest != "release" and not newest.isdecimal():
+            raise ConfigError(f"{tracker} holds {newest!r}, not an iteration: mend it, or give the iter_… folder")
         folder = root / (newest if newest == "release" else f"iter_{int(newest):07d}")
         if not (folder / METADATA).is_file():
             steps = sorted(found.name for found in root.iterdir() if (found / METADATA).is_file())

@@ -78,7 +78,7 @@ class HuggingFaceWeights:
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's own where a file cannot be mapped
         raise ConfigError(f"{path} cannot be read as safetensors: {error}") from error
 
 
