@@ -21,14 +21,14 @@ import torch.distributed as dist
 
 from megatron_sgopd import __version__
 from megatron_sgopd.checkpoint.files import CONVERSION, Staging, write_atomically
-from megatron_sgopd.checkpoint.huggingface import (
+from megatron_sgopd.checkpoint.locate import TRACKER, find_checkpoint
+from megatron_sgopd.checkpoint.model_folder import (
     DTYPE_NAMES,
     ShardPlan,
     check_tokenizer,
     write_companions,
     write_shard,
 )
-from megatron_sgopd.checkpoint.locate import TRACKER, find_checkpoint
 from megatron_sgopd.checkpoint.proof import Proof, prove
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader, CheckpointWriter
 from megatron_sgopd.models.architecture import Architecture, read_architecture

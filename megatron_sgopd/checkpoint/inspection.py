@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_sgopd.checkpoint.files import CONVERSION
-from megatron_sgopd.checkpoint.huggingface import DTYPE_NAMES
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
+from megatron_sgopd.checkpoint.model_folder import DTYPE_NAMES
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader, compare_keys
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture

@@ -48,7 +48,7 @@ def test_shards_dtype_and_card(conversions: dict[str, Conversion], tmp_path: Pat
     run_all(
         [
             ["convert", "to-hf", model.megatron, half, "--dtype", "bfloat16", "--max-shard-size", "50KB", *arguments],
-            ["convert", "to-megatron", half, again, "--dtype", "float32", "--part-size", "50KB"],
+            ["convert", "to-megatron", half, again, "--dtype", "float32", "--part-size", "50KB", "--verify", "sample"],
         ]
     )
     index = json.loads((half / "model.safetensors.index.json").read_text())
@@ -65,6 +65,8 @@ def test_shards_dtype_and_card(conversions: dict[str, Conversion], tmp_path: Pat
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     assert str(model.megatron) in (half / "README.md").read_text()
     assert len(list((again / "release").glob("*.distcp"))) > 3
+    proof = json.loads((again / "conversion.json").read_text())["proof"]
+    assert (proof["level"], proof["layers_run"], proof["sequences"]) == ("sample", 2, 64)
 
 
 def test_inspect_and_diff_say_what_is_there(conversions: dict[str, Conversion], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ EXPECTED = {
     "exchanged head norms": (1, "model.layers.0.self_attn.k_norm.weight"),
     "transposed": (2, "model.layers.0.mlp.down_proj.weight"),
     "transposed square weight": (1, "model.layers.0.self_attn.o_proj.weight"),
+    "not a number": (1, "model.layers.1.mlp.down_proj.weight"),
     "biases left out": (1, "model.layers.0.self_attn.q_proj.bias"),
     "missing bias": (2, "model.layers.0.self_attn.q_proj.bias"),
     "padding that is not zero": (1, "model.embed_tokens.weight"),
