@@ -10,8 +10,10 @@ import hashlib
 import io
 import json
 import mmap
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -32,7 +35,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.checkpoint.files import sync_path, write_atomically
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.weight_map import Chunk, Parameter, owned_parameters
@@ -303,7 +306,8 @@ class CheckpointWriter:
         """
         self._folder = folder
         # Nothing is copied ahead: a block's memory is used again for the next of its shape.
-        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        self._writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+        self._writer.fs = _LargeWrites()
         self._blocks: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._chunks: dict[tuple[str, torch.Size], tuple[Chunk, torch.dtype]] = {}
         parts: list[list[WriteItem]] = [[]]
@@ -342,6 +346,8 @@ class CheckpointWriter:
         torch.serialization.set_crc32_options(False)  # torch's readers do not look at them
         results = self._writer.write_data(self._plans[part], planner).wait()
         torch.serialization.set_crc32_options(checksums)
+        for name in {result.storage_data.relative_path for result in results}:
+            sync_path(self._folder / name)  # torch's own sync comes before the last bytes leave its buffer
         write_atomically(self._receipt(part), pickle.dumps(results))
 
     def finish(self) -> None:
@@ -353,12 +359,22 @@ class CheckpointWriter:
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         write_atomically(self._folder / FORMAT, json.dumps(backend).encode())
         self._writer.finish(metadata, results)
+        sync_path(self._folder / METADATA)
         for part in range(len(self._plans)):
             self._receipt(part).unlink()
         self._receipt(0).parent.rmdir()
 
     def _receipt(self, part: int) -> Path:
         return self._folder / "receipts" / f"{part:06d}"
+
+
+class _LargeWrites(FileSystem):
+    """Files written 16 MiB at a time, where torch.save hands over half a MiB: a third faster on ext4."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with Path(path).open(mode, buffering=1 << 24) as stream:
+            yield stream
 
 
 class _Source(DefaultSavePlanner):

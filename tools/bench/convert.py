@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_sgopd.checkpoint.convert import Options, Ranks, to_huggingface, to_megatron
+from megatron_sgopd.checkpoint.files import sync_path
 from megatron_sgopd.models.architecture import read_architecture
 from megatron_sgopd.models.weight_map import owned_parameters, parameter_count
 
@@ -115,43 +117,43 @@ def _command(direction: str, source: Path, out: Path, like: Path) -> list[str]:
 def speed(model: Path, scratch: Path, repeats: int) -> dict[str, float]:
     """Of each direction and of cp, in turn, from the page cache to the disk.
 
-    Each output is removed before the next is written, so that all find the same free memory for the page cache.
+    Before each, as many bytes are written and removed again, so that all three find the same free memory: a virtual
+    machine may have given it back, and then fetches it slowly, which would count for whoever came first.
     """
     nbytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     megatron, out = scratch / "megatron", scratch / "out"
-    _convert("to-megatron", model, megatron, model)
-    seconds: dict[str, list[float]] = {"cp": [], "to-megatron": [], "to-hf": []}
-    for repeat in range(repeats + 1):
-        started = time.monotonic()
+    options, alone = Options(verify="off", allow_no_tokenizer=True), Ranks(0, 1)
+
+    def copy() -> None:
         out.mkdir()
         for path in model.glob("*.safetensors"):
             subprocess.run(["cp", str(path), str(out)], check=True)
-            subprocess.run(["sync", str(out / path.name)], check=True)
-        seconds["cp"].append(time.monotonic() - started)
-        shutil.rmtree(out)
-        for direction, source in (("to-megatron", model), ("to-hf", megatron)):
-            seconds[direction].append(_convert(direction, source, out, model))
+            sync_path(out / path.name)
+
+    to_megatron(model, megatron, options, alone)
+    work = {
+        "cp": copy,
+        "to-megatron": lambda: to_megatron(model, out, options, alone),
+        "to-hf": lambda: to_huggingface(megatron, out, model, options, alone),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 1):
+        for name, run in work.items():
+            copy()
+            shutil.rmtree(out)
+            started = time.monotonic()
+            run()
+            seconds[name].append(time.monotonic() - started)
             shutil.rmtree(out)
         print(
             f"round {repeat}: { ({name: round(times[-1], 2) for name, times in seconds.items()}) } s", file=sys.stderr
         )
-        if repeat == 0:  # first uses of memory and disk are slow, most of all on virtual machines
+        if repeat == 0:  # first uses of memory and disk are slow
             for times in seconds.values():
                 times.clear()
     rates = {name: nbytes / statistics.median(times) for name, times in seconds.items()}
     report = {f"{name} MiB/s": round(rate / 2**20, 1) for name, rate in rates.items()}
     return report | {f"{name} / cp": round(rates[name] / rates["cp"], 3) for name in ("to-megatron", "to-hf")}
-
-
-def _convert(direction: str, source: Path, out: Path, like: Path) -> float:
-    """Seconds of writing: without those that importing takes, which do not grow with the model."""
-    subprocess.run(
-        [sys.executable, "-m", "megatron_sgopd.cli", *_command(direction, source, out, like)],
-        env=_environment(),
-        check=True,
-        capture_output=True,
-    )
-    return json.loads((out / "conversion.json").read_text())["seconds"]["write"]
 
 
 def memory(models: dict[str, Path], scratch: Path) -> dict[str, float]:
