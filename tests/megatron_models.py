@@ -1,5 +1,6 @@
 """Megatron models on CPU ranks, built from Hugging Face folders and run, for tests that compare them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,23 @@ from megatron_sgopd.models.architecture import Architecture
 
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2))
 """Tensor, pipeline and expert parallel sizes."""
+
+
+def each_layout() -> Iterator[tuple[int, int, int]]:
+    """On each of four ranks: set up Megatron on the CPU, and initialize one of `LAYOUTS` after the other."""
+    from megatron_sgopd import platform
+
+    platform.select("cpu")
+    dist.init_process_group("gloo")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    for tensor, pipeline, expert in LAYOUTS:
+        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
+        model_parallel_cuda_manual_seed(1)
+        yield tensor, pipeline, expert
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def base_config(**changes: Any) -> Any:

@@ -53,12 +53,7 @@ def add_commands(commands: Any) -> None:
         description="Write a folder that transformers and vLLM open as it is. Optimizer state is ignored.",
         epilog="Example: megatron-sgopd convert to-hf checkpoints/qwen3-4b out --like models/Qwen3-4B",
     )
-    backward.add_argument(
-        "source", type=Path, metavar="CHECKPOINT", help="a Megatron --save folder, or one iter_… folder in it"
-    )
-    backward.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    backward.add_argument("--step", type=int, metavar="N", help="iteration to take (the newest)")
-    _add_hugging_face(backward)
+    _add_hugging_face(backward, "CHECKPOINT", "a Megatron --save folder, or one iter_… folder in it")
     backward.set_defaults(run=_to_hf)
 
     export = commands.add_parser(
@@ -67,10 +62,7 @@ def add_commands(commands: Any) -> None:
         description="Like convert to-hf, with config and tokenizer of the run's model.",
         epilog="Example: megatron-sgopd export runs/demo out --step 72",
     )
-    export.add_argument("source", type=Path, metavar="RUN", help="run folder")
-    export.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    export.add_argument("--step", type=int, metavar="N", help="step to take (the newest)")
-    _add_hugging_face(export)
+    _add_hugging_face(export, "RUN", "run folder")
     export.set_defaults(run=_export)
 
     inspect = commands.add_parser(
@@ -98,7 +90,11 @@ def add_commands(commands: Any) -> None:
     diff.set_defaults(run=_diff)
 
 
-def _add_hugging_face(parser: argparse.ArgumentParser) -> None:
+def _add_hugging_face(parser: argparse.ArgumentParser, source: str, source_help: str) -> None:
+    """Arguments of what writes a Hugging Face folder from a checkpoint in `source`."""
+    parser.add_argument("source", type=Path, metavar=source, help=source_help)
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--step", type=int, metavar="N", help="step to take (the newest)")
     parser.add_argument(
         "--like",
         type=Path,

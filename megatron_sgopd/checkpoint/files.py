@@ -24,20 +24,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
-        sync(file.fileno())
+        os.fsync(file.fileno())
     temporary.rename(path)
-
-
-def sync(descriptor: int) -> None:
-    """Bring an open file's data to the disk."""
-    os.fsync(descriptor)
 
 
 def sync_path(path: Path) -> None:
     """Bring a file's data, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        sync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -69,7 +68,6 @@ class CheckpointReader:
         self._check_files(metadata)
         entries = metadata.state_dict_metadata
         self.tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        self.objects = [key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
         self._chunks_at: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
 
     def _check_files(self, metadata: Metadata) -> None:
@@ -150,16 +148,15 @@ class CheckpointReader:
 
     def _near(self, chunk: Chunk) -> list[ChunkStorageMetadata]:
         """The stored blocks that share the first axis' index with `chunk`: with many experts there are thousands."""
+        stacked = len(chunk.offsets) > len(chunk.shape)
         if chunk.key not in self._chunks_at:
             by_index: dict[int, list[ChunkStorageMetadata]] = {}
-            entry = self.tensors[chunk.key]
-            stacked = len(chunk.offsets) > len(chunk.shape)
-            for stored in entry.chunks:
+            for stored in self.tensors[chunk.key].chunks:
                 covered = range(stored.offsets[0], stored.offsets[0] + stored.sizes[0]) if stacked else [0]
                 for index in covered:
                     by_index.setdefault(index, []).append(stored)
             self._chunks_at[chunk.key] = by_index
-        return self._chunks_at[chunk.key][chunk.offsets[0] if len(chunk.offsets) > len(chunk.shape) else 0]
+        return self._chunks_at[chunk.key][chunk.offsets[0] if stacked else 0]
 
     def pieces(self, parameter: Parameter) -> Iterator[tuple[str, torch.Tensor]]:
         """The Hugging Face tensors that a parameter is made of, contiguous."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from launch import run_ranks
-from megatron_models import LAYOUTS, build, forward, process_groups
+from megatron_models import build, each_layout, forward, process_groups
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.models.architecture import Architecture, read_architecture
@@ -32,24 +32,13 @@ def test_every_layout_loads_and_saves(conversions: dict[str, Conversion], tmp_pa
 
 
 def _check_layouts(conversions: dict[str, Conversion], scratch: Path) -> None:
-    from megatron_sgopd import platform
-
-    platform.select("cpu")
-    dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     reference = load_file(scratch / "reference.safetensors")
-    for tensor, pipeline, expert in LAYOUTS:
-        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
-        model_parallel_cuda_manual_seed(1)
+    for tensor, pipeline, expert in each_layout():
         for name, model in conversions.items():
             architecture = read_architecture(model.source)
             if expert == 1 or architecture.num_experts:
                 folder = scratch / f"{name}-{tensor}-{pipeline}-{expert}"
                 _check(architecture, model.megatron, folder, (tensor, pipeline, expert), reference, name)
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def _check(

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
-from megatron_models import LAYOUTS, build, forward, process_groups
+from megatron_models import build, each_layout, forward, process_groups
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.errors import ConfigError
@@ -44,18 +44,9 @@ def test_models_equal_transformers_and_export_bit_equal_at_every_layout(
 
 
 def _check_models(folders: dict[str, Path], tmp_path: Path) -> None:
-    from megatron_sgopd import platform
-
-    platform.select("cpu")
-    dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     reference = load_file(tmp_path / "reference.safetensors")
     architectures = {name: read_architecture(folder) for name, folder in folders.items()}
-    for tensor, pipeline, expert in LAYOUTS:
-        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
-        model_parallel_cuda_manual_seed(1)
+    for tensor, pipeline, expert in each_layout():
         for name, architecture in architectures.items():
             if expert == 1 or architecture.num_experts:
                 _check_model(architecture, reference["tokens"], reference[name], (tensor, pipeline, expert))
@@ -65,8 +56,6 @@ def _check_models(folders: dict[str, Path], tmp_path: Path) -> None:
             _check_differing_models_refused(architectures)
             _check_bad_files_refused(architectures["qwen3"], tmp_path)
             _check_sharded_files(architectures["qwen2"], tmp_path)
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def _check_model(

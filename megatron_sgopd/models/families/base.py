@@ -53,11 +53,6 @@ class Entry:
         return self.checkpoint or ((self.transformer_engine or self.local).replace(".{layer}", ""),)
 
     @property
-    def per_layer(self) -> bool:
-        """Whether every layer has one."""
-        return "{layer}" in self.local
-
-    @property
     def per_expert(self) -> bool:
         """Whether every expert has one."""
         return "{expert}" in self.local
