@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -119,9 +120,10 @@ def to_megatron(source: Path, out: Path, options: Options, ranks: Ranks) -> Proo
         _start(staging, job, sum(writer.part_bytes), ranks)
         common_state = _common_state(architecture, rows)
 
-        def write(part: int) -> None:
-            writer.write(part, weights.fill, common_state)
+        def write(part: int) -> Callable[[], None]:
+            settle = writer.write(part, weights.fill, common_state)
             weights.release()
+            return settle
 
         clock = time.monotonic()
         with staging.explaining():
@@ -189,15 +191,16 @@ def to_huggingface(
     job = _job("to-hf", reader.folder, reader.digest, options) | {"like": str(like.absolute())}
     _start(staging, job, sum(plan.nbytes), ranks)
 
-    def write(shard: int) -> None:
+    def write(shard: int) -> Callable[[], None]:
         tensors = {
             name: tensor.to(plan.dtype_of(parameter))
             for parameter in plan.members[shard]
             for name, tensor in reader.pieces(parameter)
         }
-        write_shard(staging.folder / plan.name(shard), tensors)
+        settle = write_shard(staging.folder / plan.name(shard), tensors)
         tensors.clear()
         reader.release()
+        return settle
 
     clock = time.monotonic()
     with staging.explaining():
@@ -254,27 +257,40 @@ def _start(staging: Staging, job: dict[str, Any], nbytes: int, ranks: Ranks) -> 
 
 
 def _write_parts(
-    nbytes: Sequence[int], written: Callable[[int], bool], write: Callable[[int], None], ranks: Ranks
+    nbytes: Sequence[int],
+    written: Callable[[int], bool],
+    write: Callable[[int], Callable[[], None]],
+    ranks: Ranks,
 ) -> None:
-    """Write this rank's share of the parts that are not there yet, with progress, and wait for the others."""
+    """Write this rank's share of the parts that are not there yet, with progress, and wait for the others.
+
+    What `write` returns makes a part last. It waits for the disk, so it runs beside the writing of the next part.
+    """
     mine = [part for part in range(ranks.rank, len(nbytes), ranks.size) if not written(part)]
     total, done, started = sum(nbytes[part] for part in mine), 0, time.monotonic()
     skipped = len(range(ranks.rank, len(nbytes), ranks.size)) - len(mine)
     if skipped and ranks.rank == 0:
         _say(f"{skipped} files were finished before: going on after them")
     shown = started
-    for part in mine:
-        write(part)
-        done += nbytes[part]
-        now = time.monotonic()
-        if ranks.rank == 0 and (now - shown > 5 or part == mine[-1]):
-            rate = done / (now - started)
-            _say(
-                f"written {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
-                + (f" on rank 0 of {ranks.size}" if ranks.size > 1 else "")
-                + f", {rate / 2**20:.0f} MiB/s, {(total - done) / rate:.0f} s left"
-            )
-            shown = now
+    with ThreadPoolExecutor(1) as disk:
+        settling = None
+        for part in mine:
+            settle = write(part)
+            if settling is not None:
+                settling.result()
+            settling = disk.submit(settle)
+            if part == mine[-1]:
+                settling.result()
+            done += nbytes[part]
+            now = time.monotonic()
+            if ranks.rank == 0 and (now - shown > 5 or part == mine[-1]):
+                rate = done / (now - started)
+                _say(
+                    f"written {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
+                    + (f" on rank 0 of {ranks.size}" if ranks.size > 1 else "")
+                    + f", {rate / 2**20:.0f} MiB/s, {(total - done) / rate:.0f} s left"
+                )
+                shown = now
     ranks.wait()
     ranks.leave()
 

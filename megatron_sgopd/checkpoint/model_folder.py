@@ -67,13 +67,21 @@ class ShardPlan:
         return {"metadata": {"total_size": sum(self.nbytes)}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one file of tensors; it is there whole or not at all."""
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    """Write one file of tensors, under a temporary name.
+
+    Returns:
+        What is still to be done, in any thread: sync it, then give it its name.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(dict(tensors), temporary, metadata={"format": "pt"})
     temporary.chmod(0o666 & ~_umask())  # the library makes it private to its user
-    sync_path(temporary)
-    temporary.rename(path)
+
+    def settle() -> None:
+        sync_path(temporary)
+        temporary.rename(path)
+
+    return settle
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ import mmap
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ COMMON_STATE = "common_state/shard_0_1"
 """Megatron's arguments and counters."""
 
 _EXTRA_STATE = "._extra_state/shard_"
+_POPULATE_READ = 22
+"""Linux' MADV_POPULATE_READ, which Python's mmap does not name."""
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "common_state", "rerun_state")
 
 
@@ -214,12 +216,12 @@ class _Storage(FileSystemReader):
             if place.relative_path not in self.mapped:
                 self.mapped[place.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         storage = fake.untyped_storage()
-        flat = torch.frombuffer(
-            self.mapped[place.relative_path],
-            dtype=fake.dtype,
-            count=storage.nbytes() // fake.dtype.itemsize,
-            offset=place.offset + storage._checkpoint_offset,
-        )
+        mapped, offset = self.mapped[place.relative_path], place.offset + storage._checkpoint_offset
+        page = offset - offset % mmap.PAGESIZE
+        with suppress(OSError):  # kernels before 5.14 do not know it, and then bring in pages a few at a time: slower
+            mapped.madvise(_POPULATE_READ, page, offset + storage.nbytes() - page)
+        count = storage.nbytes() // fake.dtype.itemsize
+        flat = torch.frombuffer(mapped, dtype=fake.dtype, count=count, offset=offset)
         block = flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
         return block[_spans(item.storage_offsets, item.lengths)]
 
@@ -330,12 +332,17 @@ class CheckpointWriter:
         """Whether a part is on disk, whole."""
         return self._receipt(part).is_file()
 
-    def write(self, part: int, fill: Callable[[Sequence[Any], torch.Tensor], None], common_state: dict) -> None:
-        """Write a part and its receipt, both synced.
+    def write(
+        self, part: int, fill: Callable[[Sequence[Any], torch.Tensor], None], common_state: dict
+    ) -> Callable[[], None]:
+        """Write a part.
 
         Args:
             fill: puts the given slabs into a block (see `HuggingFaceWeights.fill`).
             common_state: for the part that holds it, the last.
+
+        Returns:
+            What is still to be done, in any thread: sync the part, then leave its receipt.
         """
         self._receipt(part).parent.mkdir(parents=True, exist_ok=True)
         planner = _Source(self._chunks, self._blocks, fill, common_state)
@@ -343,9 +350,13 @@ class CheckpointWriter:
         torch.serialization.set_crc32_options(False)  # torch's readers do not look at them
         results = self._writer.write_data(self._plans[part], planner).wait()
         torch.serialization.set_crc32_options(checksums)
-        for name in {result.storage_data.relative_path for result in results}:
-            sync_path(self._folder / name)  # torch's own sync comes before the last bytes leave its buffer
-        write_atomically(self._receipt(part), pickle.dumps(results))
+
+        def settle() -> None:
+            for name in {result.storage_data.relative_path for result in results}:
+                sync_path(self._folder / name)  # torch's own sync comes before the last bytes leave its buffer
+            write_atomically(self._receipt(part), pickle.dumps(results))
+
+        return settle
 
     def finish(self) -> None:
         """After all parts: the metadata, which makes it a checkpoint."""

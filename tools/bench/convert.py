@@ -117,18 +117,20 @@ def _command(direction: str, source: Path, out: Path, like: Path) -> list[str]:
 def speed(model: Path, scratch: Path, repeats: int) -> dict[str, float]:
     """Of each direction and of cp, in turn, from the page cache to the disk.
 
-    Before each, as many bytes are written and removed again, so that all three find the same free memory: a virtual
-    machine may have given it back, and then fetches it slowly, which would count for whoever came first.
+    Before each, twice as many bytes are written and removed again, so that none runs out of memory that was used
+    just before: a virtual machine gives free memory back, and then fetches it slowly, which would count for
+    whoever needs most of it beside the files' own pages.
     """
     nbytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     megatron, out = scratch / "megatron", scratch / "out"
+    warms = scratch / "warm0", scratch / "warm1"
     options, alone = Options(verify="off", allow_no_tokenizer=True), Ranks(0, 1)
 
-    def copy() -> None:
-        out.mkdir()
+    def copy(to: Path = out) -> None:
+        to.mkdir()
         for path in model.glob("*.safetensors"):
-            subprocess.run(["cp", str(path), str(out)], check=True)
-            sync_path(out / path.name)
+            subprocess.run(["cp", str(path), str(to)], check=True)
+            sync_path(to / path.name)
 
     to_megatron(model, megatron, options, alone)
     work = {
@@ -139,8 +141,10 @@ def speed(model: Path, scratch: Path, repeats: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
         for name, run in work.items():
-            copy()
-            shutil.rmtree(out)
+            for warm in warms:
+                copy(warm)
+            for warm in warms:
+                shutil.rmtree(warm)
             started = time.monotonic()
             run()
             seconds[name].append(time.monotonic() - started)
