@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgopd import __version__
-from megatron_sgopd.checkpoint.files import CONVERSION, Staging, write_atomically
+from megatron_sgopd.checkpoint.files import CONVERSION, Staging, files_digest, write_atomically
 from megatron_sgopd.checkpoint.locate import TRACKER, find_checkpoint
 from megatron_sgopd.checkpoint.model_folder import (
     DTYPE_NAMES,
@@ -191,14 +191,14 @@ def to_huggingface(
     job = _job("to-hf", reader.folder, reader.digest, options) | {"like": str(like.absolute())}
     _start(staging, job, sum(plan.nbytes), ranks)
 
+    def tensors(shard: int) -> Iterator[torch.Tensor]:
+        for parameter in plan.members[shard]:
+            pieces = dict(reader.pieces(parameter))
+            for piece in parameter.pieces:
+                yield pieces[piece.name].to(plan.dtype_of(parameter))
+
     def write(shard: int) -> Callable[[], None]:
-        tensors = {
-            name: tensor.to(plan.dtype_of(parameter))
-            for parameter in plan.members[shard]
-            for name, tensor in reader.pieces(parameter)
-        }
-        settle = write_shard(staging.folder / plan.name(shard), tensors)
-        tensors.clear()
+        settle = write_shard(staging.folder / plan.name(shard), plan.described(shard), tensors(shard))
         reader.release()
         return settle
 
@@ -239,12 +239,7 @@ def _job(direction: str, source: Path, digest: str, options: Options) -> dict[st
 
 
 def _folder_digest(folder: Path) -> str:
-    """Names, sizes and times of a folder's model files: enough to notice that it was replaced."""
-    import hashlib
-
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    listing = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return files_digest(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
 
 
 def _start(staging: Staging, job: dict[str, Any], nbytes: int, ranks: Ranks) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import mmap
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from megatron_sgopd.checkpoint.files import sync_path, write_atomically
+from megatron_sgopd.checkpoint.files import PieceWriter, sync_path, write_atomically
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import INDEX_FILE, SINGLE_FILE, Architecture
 from megatron_sgopd.models.weight_map import Parameter, owned_parameters
@@ -29,6 +28,8 @@ _COPIED = (
     "chat_template.json",
     "generation_config.json",
 )
+_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Safetensors' own names."""
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -50,11 +51,21 @@ class ShardPlan:
                 self.nbytes.append(0)
             self.members[-1].append(parameter)
             self.nbytes[-1] += nbytes
+        for members in self.members:
+            members.sort(key=lambda parameter: -dtype_of(parameter).itemsize)
 
     def name(self, shard: int) -> str:
         """File name of a shard."""
         count = len(self.members)
         return SINGLE_FILE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+    def described(self, shard: int) -> list[tuple[str, torch.dtype, Sequence[int]]]:
+        """Name, dtype and shape of each tensor of a shard."""
+        return [
+            (piece.name, self.dtype_of(parameter), piece.shape)
+            for parameter in self.members[shard]
+            for piece in parameter.pieces
+        ]
 
     def index(self) -> dict[str, Any]:
         """Content of the index file."""
@@ -67,27 +78,39 @@ class ShardPlan:
         return {"metadata": {"total_size": sum(self.nbytes)}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-    """Write one file of tensors, under a temporary name.
+def write_shard(
+    path: Path, described: Sequence[tuple[str, torch.dtype, Sequence[int]]], tensors: Iterable[torch.Tensor]
+) -> Callable[[], None]:
+    """Write one safetensors file, under a temporary name.
+
+    The library's own writer must have all of a file's tensors at once; here each is made when its turn comes.
+
+    Args:
+        described: names, dtypes and shapes, the widest dtypes first, so that all are aligned.
+        tensors: as many, in the same order.
 
     Returns:
         What is still to be done, in any thread: sync it, then give it its name.
     """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in described:
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % mmap.PAGESIZE)
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(dict(tensors), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o666 & ~_umask())  # the library makes it private to its user
+    with PieceWriter(temporary) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    assert temporary.stat().st_size == 8 + len(text) + end, "the tensors are not those that were described"
 
     def settle() -> None:
         sync_path(temporary)
         temporary.rename(path)
 
     return settle
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_companions(folder: Path, plan: ShardPlan, like: Path, dtypes: Iterable[torch.dtype], card: str) -> None:

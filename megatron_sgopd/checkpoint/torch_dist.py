@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sgopd.checkpoint.files import sync_path, write_atomically
+from megatron_sgopd.checkpoint.files import PieceWriter, sync_path, write_atomically
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.weight_map import Chunk, Parameter, owned_parameters
@@ -306,7 +306,7 @@ class CheckpointWriter:
         self._folder = folder
         # Nothing is copied ahead: a block's memory is used again for the next of its shape.
         self._writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
-        self._writer.fs = _LargeWrites()
+        self._writer.fs = _PieceWrites()
         self._blocks: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._chunks: dict[tuple[str, torch.Size], tuple[Chunk, torch.dtype]] = {}
         parts: list[list[WriteItem]] = [[]]
@@ -376,12 +376,13 @@ class CheckpointWriter:
         return self._folder / "receipts" / f"{part:06d}"
 
 
-class _LargeWrites(FileSystem):
-    """Files written 16 MiB at a time, where torch.save hands over half a MiB: a third faster on ext4."""
+class _PieceWrites(FileSystem):
+    """Files written in pieces, where torch.save hands over a whole tensor."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with Path(path).open(mode, buffering=1 << 24) as stream:
+        assert mode == "wb"
+        with PieceWriter(Path(path)) as stream:
             yield stream
 
 
