@@ -12,9 +12,12 @@ from typing import Any
 from megatron_sgopd.checkpoint.files import check_conversion
 from megatron_sgopd.config import PromptSettings, Recipe, Settings
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.imports import import_function
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.objective.methods import Method, method_from_settings
+from megatron_sgopd.rollout.bank import BankIdentity, RolloutBank, check_identity
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
+from megatron_sgopd.rollout.teacher_rollouts import teacher_worker
 from megatron_sgopd.verify.base import resolve_verifier
 
 
@@ -28,6 +31,8 @@ class Inputs:
     method: Method
     train: PromptSet
     heldout: Sequence[Prompt]
+    bank: BankIdentity | None
+    """Of the teacher's rollouts; None where none are wanted."""
 
 
 def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
@@ -67,17 +72,50 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
             f"data.train has {len(train)} prompts, fewer than rollout.prompts_per_step="
             f"{settings.rollout.prompts_per_step}: lower the latter or give more prompts"
         )
-    return Inputs(student, teacher, tokenizer, method, train, heldout)
+    wanted = settings.teacher_rollouts.weight > 0
+    bank = _check_teacher_rollouts(settings, tokenizer, train, row_tokens) if wanted else None
+    return Inputs(student, teacher, tokenizer, method, train, heldout, bank)
+
+
+_NO_METHOD_FIELDS = ("method", "logprob_chunk_tokens", "updates_per_batch")
 
 
 def _method(settings: Settings) -> Method:
     overrides = {
         field.name: getattr(settings.sgopd, field.name)
         for field in dataclasses.fields(settings.sgopd)
-        if field.name not in ("method", "logprob_chunk_tokens")
+        if field.name not in _NO_METHOD_FIELDS
     }
     given = {name: value for name, value in overrides.items() if value is not None}
+    if given.get("noise_floor") == "auto":
+        given |= {"noise_floor": 0.0, "measured_noise_floor": True}
+    if "objective" in given:
+        given["objective"] = import_function(given["objective"], "sgopd.objective")
     return method_from_settings(settings.sgopd.method, **given)
+
+
+def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet, row_tokens: int) -> BankIdentity:
+    wanted = settings.teacher_rollouts
+    if wanted.end_step < max(wanted.hold_steps, 1):
+        raise ConfigError(
+            f"teacher_rollouts.end_step={wanted.end_step} is before hold_steps={wanted.hold_steps}, or there is no "
+            "step with them: let it be the first step without teacher rollouts"
+        )
+    if wanted.mode == "mixture" and wanted.weight > 1:
+        raise ConfigError(
+            f"teacher_rollouts.weight={wanted.weight} is a fraction of the slots in mode mixture: give 0 to 1"
+        )
+    identity = teacher_worker(settings, tokenizer, row_tokens).identity(train)
+    if wanted.bank is not None:
+        check_identity(Path(wanted.bank), identity)
+        bank = RolloutBank(Path(wanted.bank))
+        if bank.approved == 0:
+            raise ConfigError(
+                f"teacher_rollouts.bank={wanted.bank} has {bank.rollouts} rollouts and none that was approved, but "
+                f"teacher_rollouts.weight={wanted.weight}: fill it with `megatron-sgopd teacher-rollouts`, or set "
+                "the weight to 0"
+            )
+    return identity
 
 
 def _limited(prompts: PromptSettings, settings: Settings, row_tokens: int) -> PromptSettings:

@@ -18,7 +18,8 @@ from megatron_sgopd import __version__
 from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import LOGS, SUMMARY
-from megatron_sgopd.processes import die_with_parent
+from megatron_sgopd.processes import adopt_slurm_ranks, die_with_parent
+from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, print the resolved recipe and the Megatron command line, and stop",
     )
     train.set_defaults(run=_train)
+    add_teacher_rollouts(commands)
     add_commands(commands)
     return parser
 
@@ -117,9 +119,7 @@ def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:
     from megatron_sgopd.pretrain import main as pretrain
     from megatron_sgopd.recipe import write_resolved
 
-    for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        if name not in os.environ:
-            os.environ[name] = os.environ[slurm]
+    adopt_slurm_ranks()
     if int(os.environ["WORLD_SIZE"]) != recipe.parallel.ranks:
         raise ConfigError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, but parallel.ranks={recipe.parallel.ranks}: "

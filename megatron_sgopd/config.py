@@ -13,7 +13,7 @@ import difflib
 import json
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -88,14 +88,61 @@ class SgopdSettings:
     """How outcomes become advantages: none, +-1, or normalised or centred within the prompt's group."""
     uniform_groups: Literal["conflict", "skip"] | None = None
     """Groups whose responses all have one outcome: conflict tokens, or left out."""
-    noise_floor: float | None = Field(default=None, ge=0)
-    """tau in nats: where teacher and student differ by less, the gate is neutral."""
+    noise_floor: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
+    """tau in nats: where teacher and student differ by less, the gate is neutral. auto: the last step's 95th
+    percentile of |s - b|, below which a difference may be the precision's and no preference."""
     importance_clip: float | None = Field(default=None, gt=0)
     """C: weight tokens by min(exp(s - b), C); unset: no importance weights."""
+    reference_kl_coef: float | None = Field(default=None, ge=0)
+    """Weight of a reverse KL to the initial student, added to the loss; holds a student that drifts off."""
+    updates_per_batch: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of rollouts; from the second on by clipped importance ratios, as PPO does."""
+    ratio_clip: float | None = Field(default=None, gt=0, lt=1)
+    """epsilon: an update that would take a token's probability further than 1 +- epsilon times is left out (0.2)."""
+    objective: str | None = None
+    """import.path:function that makes A_t in place of the preset's formula; see objective/loss.py."""
     trajectory_margin: float | None = None
     """m in nats: margin of rgopd's gate over whole responses."""
     logprob_chunk_tokens: int = Field(default=0, ge=0)
     """Response tokens whose logits are held at once; 0 chooses from the vocabulary."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TeacherRolloutSettings:
+    """The second level of SG-OPD: at cold start the student also learns from the teacher's own approved responses."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """w0: amount at the beginning; 0: none ever."""
+    hold_steps: int = Field(default=0, ge=0)
+    """Steps at w0."""
+    end_step: int = Field(default=0, ge=0)
+    """First step without any."""
+    shape: Literal["cosine", "linear", "step"] = "cosine"
+    """How w falls from w0 to 0 between hold_steps and end_step."""
+    mode: Literal["auxiliary", "mixture"] = "auxiliary"
+    """auxiliary: w times the cross-entropy of the approved rollouts is added to the loss; mixture: they take the
+    fraction w of each group's slots."""
+    samples: int = Field(default=4, ge=1)
+    """Teacher rollouts of each prompt, before verification."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Sampling temperature of the teacher."""
+    seed: int = 0
+    """Seed of the teacher's rollouts."""
+    bank: str | None = None
+    """Folder filled by `megatron-sgopd teacher-rollouts`; a prompt that it lacks gets none. Unset: the run makes
+    them itself, and keeps them in RUN_DIR/teacher_bank."""
+    ahead_steps: int = Field(default=8, ge=1)
+    """Steps for whose prompts the run makes rollouts at a time."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FilterSettings:
+    """Student responses that are left out of training, whatever their outcome."""
+
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    """Longer responses are left out."""
+    max_repetition: float | None = Field(default=None, gt=0, le=1)
+    """Responses of whose 8-grams of tokens a larger share occurs more than once are left out."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -199,6 +246,8 @@ class Settings:
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
     sgopd: SgopdSettings = SgopdSettings()
+    teacher_rollouts: TeacherRolloutSettings = TeacherRolloutSettings()
+    filters: FilterSettings = FilterSettings()
     verify: VerifySettings = VerifySettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     alarms: AlarmSettings = AlarmSettings()

@@ -20,5 +20,7 @@ def pass_rate(
     seed: int,
 ) -> float:
     """avg@k: the share of right answers among `settings.samples` responses to each prompt."""
-    trajectories = engine.generate(prompts, settings.samples, settings.temperature, seed, EVALUATION_STEP)
+    trajectories = engine.generate(
+        prompts, [settings.samples] * len(prompts), settings.temperature, seed, EVALUATION_STEP
+    )
     return float(verification.start(trajectories)().mean())

@@ -37,6 +37,12 @@ def register() -> Settings:
     return settings
 
 
+class _Held:
+    """In place of Megatron's scheduler: the learning rate follows batches, not the updates on one of them."""
+
+    def step(self, increment: int) -> None: ...
+
+
 def _with_rollouts(train_step: Any, settings: Settings) -> Any:
     """Megatron's `train_step` with the stages of SG-OPD before and the records after it."""
     run: Any = None
@@ -66,28 +72,35 @@ def _with_rollouts(train_step: Any, settings: Settings) -> Any:
         batch, policy = run.before_training(iteration)
         share = batch.rows.rows // run.student.groups.dp.size()
         first = share * run.student.groups.dp.rank()
-        mine = microbatches(batch.rows, first, first + share, args.micro_batch_size)
+        updates = [policy]
 
         def schedule(**arguments: Any) -> Any:
             # The number of packed rows differs from step to step.
             return forward_backward_func(**{**arguments, "num_microbatches": share // args.micro_batch_size})
 
-        with run.clock("train"):
-            result = train_step(
-                policy,
+        def update(last: bool) -> Any:
+            mine = microbatches(batch.rows, first, first + share, args.micro_batch_size)
+            return train_step(
+                updates[-1],
                 RerunDataIterator(mine),
                 model,
                 optimizer,
-                opt_param_scheduler,
+                opt_param_scheduler if last else _Held(),
                 config,
                 schedule,
                 iteration=iteration,
                 **kwargs,
             )
+
+        with run.clock("train"):
+            for left in reversed(range(settings.sgopd.updates_per_batch)):
+                result = update(last=left == 0)
+                if left:
+                    updates.append(policy.next_update())
         done = iteration + 1
         run.after_training(
             batch,
-            policy,
+            updates,
             grad_norm=result[5],
             last=done == args.train_iters,
             saves=bool(args.save and args.save_interval and done % args.save_interval == 0),

@@ -1,9 +1,12 @@
-"""Processes that must not outlive the one that started them."""
+"""Processes and those that they belong to."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
+from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG = 1
 
@@ -11,3 +14,28 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[int]:
+    """Connect the ranks that torchrun or srun started together, this process alone if none did; gives its rank."""
+    import torch.distributed as dist
+
+    adopt_slurm_ranks()
+    if "RANK" in os.environ:
+        dist.init_process_group()
+    else:
+        # vLLM looks for a launcher's variables too, and connects to nothing where there is one rank.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def adopt_slurm_ranks() -> None:
+    """Name srun's ranks as torchrun does."""
+    for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if slurm in os.environ:
+            os.environ.setdefault(name, os.environ[slurm])

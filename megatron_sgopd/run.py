@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptStream
 from megatron_sgopd.rollout.recording import Recording
+from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
 from megatron_sgopd.verify.stage import Verification
 
@@ -40,6 +44,8 @@ class Run:
     reference: Scorer | None
     engine: RolloutEngine | None
     """None where recorded batches are replayed: then nothing is generated or evaluated."""
+    teacher_rollouts: TeacherRollouts | None
+    """None where the schedule never wants any, or their batches are replayed."""
     verification: Verification
     inputs: Inputs
     prompts: PromptStream
@@ -59,31 +65,36 @@ class Run:
         if self.saves:
             self.clock.add("save", self.clock.since_lap())
         batch = prepare(self, step)
-        tokens, outcomes_T = signals(self, batch)
-        settings = self.settings
+        tokens, outcomes_T, counted_T = signals(self, batch)
         policy = PolicyStep(
             self.student,
             tokens,
             outcomes_T,
+            counted_T,
             self.method,
-            settings.rollout.temperature,
-            settings.sgopd.logprob_chunk_tokens,
+            self.settings.rollout.temperature,
+            self.settings.sgopd.logprob_chunk_tokens,
         )
         return batch, policy
 
     def after_training(
-        self, batch: Batch, policy: PolicyStep, grad_norm: float | None, last: bool, saves: bool
+        self, batch: Batch, updates: Sequence[PolicyStep], grad_norm: float | None, last: bool, saves: bool
     ) -> None:
         """Records, alarms and evaluations of the step that was just trained.
 
         Args:
+            updates: the optimizer steps on this batch, of which the first one's statistics are the step's.
             grad_norm: before clipping; None where Megatron was told not to clip and so did not take it.
             saves: whether Megatron saves a checkpoint before the next step.
         """
         done, self.saves = batch.step + 1, saves
         with self.clock("record"):
-            metrics: dict[str, Any] = policy.metrics() | batch_metrics(batch) | self.verification.faults
+            policy = updates[0]
+            metrics: dict[str, Any] = policy.metrics() | batch_metrics(self, batch) | self.verification.faults
+            if len(updates) > 1:
+                metrics["ratio_clipped"] = updates[-1].metrics()["ratio_clipped"]
             metrics |= {
+                "noise_floor": self.method.noise_floor,
                 "teacher_forwards": self.teacher.forwards if self.teacher else 0,
                 "reference_forwards": self.reference.forwards if self.reference else 0,
                 "weight_version": self.engine.weight_version if self.engine else 0,
@@ -91,6 +102,7 @@ class Run:
             if grad_norm is not None:
                 metrics["grad_norm"] = float(grad_norm)
             check_metrics(self.settings.alarms, batch.step, metrics)
+            self._set_noise_floor(metrics["logprob_gap_p95"])
             self.recording.save(batch, policy.gather_student_logprobs)
         every = self.settings.evaluate.every
         if last or (every and done % every == 0):
@@ -110,6 +122,11 @@ class Run:
         if last:
             self.monitor.summary()
             self.verification.close()
+
+    def _set_noise_floor(self, logprob_gap: float) -> None:
+        """For the next step, where the setting is `auto`."""
+        if self.method.measured_noise_floor and not math.isnan(logprob_gap):
+            self.method = dataclasses.replace(self.method, noise_floor=logprob_gap)
 
     def evaluate(self, name: str, step: int) -> None:
         """Pass rate of the student as it is now, if there are held-out prompts and an engine."""
@@ -180,8 +197,9 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         method,
         student,
         scorer(inputs.teacher, teacher_tensor, teacher_pipeline) if method.teacher else None,
-        scorer(inputs.student, tensor, pipeline) if method.reference == "initial" else None,
+        scorer(inputs.student, tensor, pipeline) if method.needs_reference else None,
         None if settings.logging.replay else RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed),
+        None,
         verification,
         inputs,
         PromptStream(inputs.train, args.seed),
@@ -192,6 +210,11 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         args.seq_length,
         args.micro_batch_size,
     )
+    if inputs.bank is not None and not settings.logging.replay:
+        run.teacher_rollouts = TeacherRollouts(
+            settings, inputs.bank, verification, lambda: _teacher_engine(settings, args), run.prompts_of, monitor.note
+        )
+    run._set_noise_floor(monitor.last_metric("logprob_gap_p95"))
     if inputs.train.excluded:
         monitor.note(f"{inputs.train.excluded} training prompts left out: they are held-out ones")
     monitor.note(f"models and engine are ready after {clock.since_lap():.0f} s")
@@ -204,10 +227,14 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
 def _evaluate_teacher(
     settings: Settings, args: Any, inputs: Inputs, verification: Verification, monitor: Monitor
 ) -> None:
-    engine = RolloutEngine(settings.teacher.path, settings.rollout, args.seq_length, args.seed)
+    engine = _teacher_engine(settings, args)
     rate = pass_rate(engine, verification, inputs.heldout, settings.evaluate, args.seed)
     monitor.evaluation("teacher", 0, rate, len(inputs.heldout), settings.evaluate.samples)
     engine.close()
+
+
+def _teacher_engine(settings: Settings, args: Any) -> RolloutEngine:
+    return RolloutEngine(settings.teacher.path, settings.rollout, args.seq_length, args.seed, keeps_weights=True)
 
 
 def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:

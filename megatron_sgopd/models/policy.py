@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.logprobs import fused_policy_loss, target_logprobs
 from megatron_sgopd.models.microbatch import Microbatch, forward, output_head, response_hidden
-from megatron_sgopd.objective.loss import TokenSignals, coefficients, on_policy_loss, token_update
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, policy_loss, token_update
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.objective.metrics import Sums, add_sums, metric_sums, metrics_from_sums
 from megatron_sgopd.platform import current
@@ -37,19 +38,39 @@ class PolicyStep:
         student: Student,
         signals: TokenSignals,
         outcomes_T: torch.Tensor,
+        counted_T: torch.Tensor,
         method: Method,
         temperature: float,
         chunk_tokens: int,
     ) -> None:
-        """`signals` and `outcomes_T` cover all response tokens of the step, in the order of the packed rows."""
+        """All tensors cover all response tokens of the step, in the order of the packed rows.
+
+        Args:
+            counted_T: bool, the tokens that the loss is a mean over.
+        """
         self._student = student
         self._signals = signals
         self._outcomes_T = outcomes_T
+        self._counted_T = counted_T
         self._method = method
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._parts: list[Sums] = []
         self._student_logprobs: list[tuple[slice, torch.Tensor]] = []
+        self._grad_squares: list[torch.Tensor] = []
+
+    def next_update(self) -> PolicyStep:
+        """The next update on the same batch, by importance ratios to the policy before this one, the first."""
+        signals = dataclasses.replace(self._signals, old_logprobs_T=self.gather_student_logprobs())
+        return PolicyStep(
+            self._student,
+            signals,
+            self._outcomes_T,
+            self._counted_T,
+            self._method,
+            self._temperature,
+            self._chunk_tokens,
+        )
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(data_iterator)
@@ -58,7 +79,7 @@ class PolicyStep:
 
     def _reduced(self, loss: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Loss summed over tokens, tokens, and the pair that Megatron logs as a mean."""
-        tokens = self._signals.mask_T[batch.span].sum().to(current().device, torch.int)
+        tokens = self._counted_T[batch.span].sum().to(current().device, torch.int)
         return loss, tokens, {"sgopd loss": torch.stack([loss.detach().float(), tokens.float()])}
 
     def _output_processor(
@@ -81,9 +102,11 @@ class PolicyStep:
         )
         hidden_TH = response_hidden(hidden_states, config, groups.tp, context)
         signals = self._signals[context.span].to(hidden_TH.device)
+        if signals.imitation_T is not None and groups.tp.rank() == 0:
+            hidden_TH.register_hook(lambda grad_TH: self._collect_grad(grad_TH, signals))
         if self._method.needs_whole_responses:
             logprobs_T, entropy_T = target_logprobs(hidden_TH, head, context.targets_T, with_entropy=True)
-            loss = on_policy_loss(logprobs_T, signals, self._method, normalizer=1.0)
+            loss = policy_loss(logprobs_T, signals, self._method, normalizer=1.0)
         else:
             loss, logprobs_T, entropy_T = fused_policy_loss(
                 hidden_TH,
@@ -94,6 +117,12 @@ class PolicyStep:
             )
         self._collect(logprobs_T.detach(), entropy_T, signals, context)
         return loss
+
+    def _collect_grad(self, grad_TH: torch.Tensor, signals: TokenSignals) -> None:
+        assert signals.imitation_T is not None
+        squares_T = torch.linalg.vector_norm(grad_TH, dim=1, dtype=torch.float32) ** 2
+        sources = (signals.mask_T, signals.imitation_T > 0)
+        self._grad_squares.append(torch.stack([squares_T[source_T].sum() for source_T in sources]).double())
 
     def _collect(self, logprobs_T: torch.Tensor, entropy_T: Any, signals: TokenSignals, batch: Microbatch) -> None:
         # On the device: taking them to the host here would make every microbatch wait for it.
@@ -110,13 +139,19 @@ class PolicyStep:
         nothing = torch.zeros(0, dtype=torch.float32, device=current().device)
         empty = self._sums(nothing, self._signals[:0].to(nothing.device), nothing, nothing)
         sums = add_sums([empty, *self._parts])
+        sums["grad_squares"] = torch.stack([sums["tokens"].new_zeros(2), *self._grad_squares]).sum(0)
         for operation, is_max in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
             names = [name for name in sorted(sums) if name.endswith("_max") == is_max]
             flat = torch.cat([sums[name].flatten() for name in names])
             dist.all_reduce(flat, op=operation)
             for name, part in zip(names, flat.split([sums[name].numel() for name in names]), strict=True):
                 sums[name] = part.view(sums[name].shape)
-        return metrics_from_sums(sums)
+        metrics = metrics_from_sums(sums)
+        if self._signals.imitation_T is not None:
+            # At the last hidden states, where both sources can be told apart without a second backward pass.
+            norms = (sums["grad_squares"].sqrt() / self._counted_T.sum()).tolist()
+            metrics |= dict(zip(("hidden_grad_norm_student", "hidden_grad_norm_teacher"), norms, strict=True))
+        return metrics
 
     def gather_student_logprobs(self) -> torch.Tensor:
         """s_t of every response token of the step, on every rank: float32 [T]."""

@@ -24,12 +24,12 @@ def check_responses(settings: AlarmSettings, batch: Batch, truncated_history: li
         Alarm: naming the step and what to change.
     """
     assert batch.trajectories is not None
-    if not any(t.token_ids for t in batch.trajectories):
+    if batch.trajectories and not any(t.token_ids for t in batch.trajectories):
         raise Alarm(
             f"step {batch.step}: {len(batch.trajectories)} responses hold no token at all: the model stops at once. "
             "Look at the chat template and at eos_token_id in generation_config.json."
         )
-    truncated_history.append(all(t.truncated for t in batch.trajectories))
+    truncated_history.append(bool(batch.trajectories) and all(t.truncated for t in batch.trajectories))
     recent = truncated_history[-settings.truncated_steps :]
     if len(recent) == settings.truncated_steps and all(recent):
         raise Alarm(
@@ -65,7 +65,7 @@ def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float])
     Raises:
         Alarm: naming the first thing that is wrong.
     """
-    if metrics["tokens"] == 0:
+    if metrics["tokens"] + metrics["teacher_tokens"] == 0:
         raise Alarm(
             f"step {step}: no response token was left to train on: every response was masked out. Look at "
             "verify.truncated=skip and sgopd.uniform_groups=skip, and at the pass rate."

@@ -8,12 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.markup import escape
 from rich.table import Table
 
 from megatron_sgopd.config import Settings
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console
+from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.verify.base import VerifierResult
 
@@ -108,6 +110,14 @@ class Monitor:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
         temporary.rename(self._folder / SUMMARY)
         self._console.print(_table(summary))
+
+    def last_metric(self, name: str) -> float:
+        """Of the step before this attempt, on every rank; NaN where there is none."""
+        lines = _read(self._folder / METRICS)[-1:] if self._writes else []
+        value = next((line[name] for line in lines if line.get(name) is not None), float("nan"))
+        shared = torch.tensor([value], dtype=torch.float64, device=current().device)
+        dist.broadcast(shared, 0)
+        return float(shared)
 
     def note(self, text: str) -> None:
         """A plain line for the user, from rank 0."""

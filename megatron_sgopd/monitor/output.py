@@ -25,6 +25,30 @@ def console() -> Console:
     return Console(file=stream, highlight=False, soft_wrap=True)
 
 
+def _redirect(log: Path) -> None:
+    """Send what this process writes from now on to a file; `console` still reaches the terminal."""
+    global _terminal
+    _terminal = os.dup(1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+@contextlib.contextmanager
+def libraries_write_to(log: Path) -> Iterator[Console]:
+    """Keep the terminal for what the console is given; everything else goes to a file."""
+    global _terminal
+    saved = os.dup(1), os.dup(2)
+    _redirect(log)
+    try:
+        yield console()
+    finally:
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        _terminal = None
+
+
 @dataclass
 class Result:
     """How a rank ended."""
@@ -39,15 +63,11 @@ def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
     What goes wrong is also written to rank-N.error, for the launcher, and to the terminal: an error of the
     user's input or an alarm as its message alone, anything else with its traceback.
     """
-    global _terminal
     rank = os.environ.get("RANK", "0")
     logs = Path(run_dir) / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     if quiet:
-        _terminal = os.dup(1)
-        with (logs / f"rank-{rank}.log").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        _redirect(logs / f"rank-{rank}.log")
     result = Result()
     try:
         yield result

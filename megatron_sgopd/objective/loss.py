@@ -1,8 +1,18 @@
-"""The on-policy loss: each sampled token's log-prob times a constant that teacher, reference and verifier set.
+"""The loss: each token's log-prob times a constant that teacher, reference and verifier set.
 
-    L_on = - sum_t w_t sg[A_t] s_t / N        A_t = delta_t + (kappa_t - 1) d_t + eta_t o_i
+    L_on = - sum_t w_t sg[A_t] s_t / N        A_t = delta_t + (kappa_t - 1) d_t + eta_t o_i + c (r_t - s_t)
 
-sg[] stops the gradient, so d L_on / d s_t = - w_t A_t / N exactly.
+over the student's own tokens, c the weight of a KL to the reference (0 by default). sg[] stops the gradient, so
+d L_on / d s_t = - w_t A_t / N exactly. Tokens of the teacher's rollouts are only imitated: their constant is a weight
+(imitation.py). From a batch's second update on, delta_t and the rest are those of the policy before the first, and
+
+    w_t = min(exp(s_old - b_t), C) rho_t, or 0 where the ratio rho_t = exp(s_t - s_old) has left [1 - epsilon,
+          1 + epsilon] on the side to which A_t pushes it
+
+which is the gradient of PPO's clipped objective (Schulman et al., arXiv 1707.06347).
+
+`sgopd.objective` names a pure function that makes A_t instead: `advantage(update: TokenUpdate, signals: TokenSignals)
+-> [T]`, from the preset's own update and everything that is known about the tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from typing import Any
 import torch
 
 from megatron_sgopd.objective.gate import eta, gate, kappa
-from megatron_sgopd.objective.methods import Method
+from megatron_sgopd.objective.methods import Method, Objective
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,11 @@ class TokenSignals:
     trajectory_T: torch.Tensor
     """int64: which response the token belongs to."""
     mask_T: torch.Tensor
-    """bool: whether the token counts; where it does not, the other fields may hold anything."""
+    """bool: a token of the student's that counts; where it does not, the other fields may hold anything."""
+    imitation_T: torch.Tensor | None = None
+    """Weight of -s_t for the tokens of teacher rollouts, 0 for all others; None where there are none."""
+    old_logprobs_T: torch.Tensor | None = None
+    """s_t before the batch's first update; None in that update itself."""
 
     def __getitem__(self, tokens: slice) -> TokenSignals:
         """The signals of some of the tokens."""
@@ -63,6 +77,8 @@ class TokenUpdate:
     """A_t."""
     weight_T: torch.Tensor
     """w_t."""
+    clipped_T: torch.Tensor
+    """bool: the importance ratio has left its range."""
 
 
 def token_update(student_logprobs_T: torch.Tensor, signals: TokenSignals, method: Method) -> TokenUpdate:
@@ -73,28 +89,51 @@ def token_update(student_logprobs_T: torch.Tensor, signals: TokenSignals, method
         signals: of the same tokens; of all tokens of each response where `method.needs_whole_responses`.
 
     Raises:
-        ValueError: the method needs teacher or reference log-probs, and `signals` has none.
+        ValueError: the method needs log-probs that `signals` has none of, or its objective gave no [T].
     """
     s_T, mask_T = student_logprobs_T, signals.mask_T
 
     def kept(tensor_T: torch.Tensor) -> torch.Tensor:
         return torch.where(mask_T, tensor_T.to(s_T.dtype), 0.0)
 
+    old_T = s_T if signals.old_logprobs_T is None else signals.old_logprobs_T
     # The method decides, not what there is: a recorded batch may hold scores that this method does not use.
-    q_T = _needed(signals.teacher_logprobs_T, "teacher", method) if method.teacher else s_T
-    r_T = _needed(signals.reference_logprobs_T, "reference", method) if method.reference == "initial" else s_T
-    delta_T, d_T, o_T = kept(q_T - s_T), kept(q_T - r_T), kept(signals.outcome_advantage_T)
+    q_T = _needed(signals.teacher_logprobs_T, "teacher", method) if method.teacher else old_T
+    r_T = _needed(signals.reference_logprobs_T, "reference", method) if method.needs_reference else old_T
+    delta_T, o_T = kept(q_T - old_T), kept(signals.outcome_advantage_T)
+    d_T = kept(q_T - r_T) if method.reference == "initial" else delta_T
     classes_T = gate(delta_T, o_T, method.noise_floor)
     kappa_T = kappa(classes_T, method, s_T)
     advantage_T = delta_T + (kappa_T - 1) * d_T + eta(classes_T, method, s_T) * o_T
+    if method.reference_kl_coef:
+        advantage_T = advantage_T + method.reference_kl_coef * kept(r_T - old_T)
     if method.trajectory_gate:
         keep_T = trajectory_gate(delta_T, o_T, signals.trajectory_T, method.trajectory_margin)
         advantage_T = torch.where(keep_T, advantage_T, 0.0)
     weight_T = torch.where(mask_T, torch.ones_like(s_T), 0.0)
     if method.importance_clip is not None:
-        ratio_T = torch.exp(kept(s_T - signals.behaviour_logprobs_T)).clamp(max=method.importance_clip)
-        weight_T = weight_T * ratio_T
-    return TokenUpdate(delta_T, classes_T, kappa_T, advantage_T, weight_T)
+        weight_T = weight_T * torch.exp(kept(old_T - signals.behaviour_logprobs_T)).clamp(max=method.importance_clip)
+    clipped_T = torch.zeros_like(mask_T)
+    update = TokenUpdate(delta_T, classes_T, kappa_T, advantage_T, weight_T, clipped_T)
+    if method.objective is not None:
+        update = dataclasses.replace(update, advantage_T=kept(_own_advantage(method.objective, update, signals)))
+    return update if signals.old_logprobs_T is None else _with_ratio(update, kept(s_T - old_T), method.ratio_clip)
+
+
+def _own_advantage(objective: Objective, update: TokenUpdate, signals: TokenSignals) -> torch.Tensor:
+    advantage_T = objective(update, signals)
+    if not isinstance(advantage_T, torch.Tensor) or advantage_T.shape != update.delta_T.shape:
+        seen = tuple(advantage_T.shape) if isinstance(advantage_T, torch.Tensor) else type(advantage_T).__name__
+        raise ValueError(f"sgopd.objective returned {seen}, not one A_t for each of {len(update.delta_T)} tokens")
+    return advantage_T
+
+
+def _with_ratio(update: TokenUpdate, log_ratio_T: torch.Tensor, epsilon: float) -> TokenUpdate:
+    """w_t with the importance ratio to the policy before the first update."""
+    ratio_T = torch.exp(log_ratio_T)
+    clipped_T = torch.where(update.advantage_T > 0, ratio_T > 1 + epsilon, ratio_T < 1 - epsilon)
+    weight_T = torch.where(clipped_T, 0.0, update.weight_T * ratio_T)
+    return dataclasses.replace(update, weight_T=weight_T, clipped_T=clipped_T)
 
 
 def _needed(logprobs_T: torch.Tensor | None, name: str, method: Method) -> torch.Tensor:
@@ -118,15 +157,18 @@ def trajectory_gate(
 def coefficients(
     student_logprobs_T: torch.Tensor, signals: TokenSignals, method: Method, normalizer: float
 ) -> torch.Tensor:
-    """c_t = w_t A_t / N, so that the loss is - sum_t c_t s_t. Pure; `normalizer` is N."""
+    """c_t, so that the loss is - sum_t c_t s_t: w_t A_t / N, and for a teacher's tokens their weight / N. Pure."""
     update = token_update(student_logprobs_T, signals, method)
-    return update.weight_T * update.advantage_T / normalizer
+    constants_T = update.weight_T * update.advantage_T
+    if signals.imitation_T is not None:
+        constants_T = constants_T + signals.imitation_T
+    return constants_T / normalizer
 
 
-def on_policy_loss(
+def policy_loss(
     student_logprobs_T: torch.Tensor, signals: TokenSignals, method: Method, normalizer: float
 ) -> torch.Tensor:
-    """L_on, a scalar; differentiable in s_t alone."""
+    """The loss, a scalar; differentiable in s_t alone."""
     constants_T = coefficients(student_logprobs_T.detach(), signals, method, normalizer)
-    # A masked token's s_t may be anything, and 0 * inf is no number.
-    return -(constants_T * torch.where(signals.mask_T, student_logprobs_T, 0.0)).sum()
+    # A token without part in the loss may have any s_t, and 0 * inf is no number.
+    return -(constants_T * torch.where(constants_T != 0, student_logprobs_T, 0.0)).sum()

@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from megatron_sgopd.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sgopd.objective.loss import TokenSignals, TokenUpdate
+
+Objective = Callable[["TokenUpdate", "TokenSignals"], "torch.Tensor"]
 Reference = Literal["initial", "live"]
 Outcome = Literal["none", "pm1", "group", "group_centered"]
 UniformGroups = Literal["conflict", "skip"]
@@ -44,14 +50,29 @@ class Method:
     """m of the trajectory gate, in nats."""
     noise_floor: float = 0.0
     """tau in nats: |delta_t| up to here is neutral."""
+    measured_noise_floor: bool = False
+    """tau is not the setting's but what a run measures (see `Run`)."""
     importance_clip: float | None = None
     """C: w_t = min(exp(s_t - b_t), C); None: w_t = 1."""
+    reference_kl_coef: float = 0.0
+    """Weight of r_t - s_t in A_t: the sampled-token estimate of the reverse KL to the initial student."""
+    ratio_clip: float = 0.2
+    """epsilon of the clipped importance ratio; only read from a batch's second update on."""
+    objective: Objective | None = None
+    """Makes A_t in place of the formula above."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether r_t must be known."""
+        return self.reference == "initial" or self.reference_kl_coef > 0
 
     @property
     def teacher(self) -> bool:
         """Whether A_t depends on q_t: directly, or through a gate that chooses what else counts."""
         return (
-            self.reference == "initial"
+            self.objective is not None
+            or self.measured_noise_floor
+            or self.reference == "initial"
             or self.agree_coefficient != 0
             or self.conflict_coefficient != 0
             or self.agree_outcome_weight != self.conflict_outcome_weight
@@ -85,7 +106,7 @@ METHODS = {
 _CHOICES = {"reference": Reference, "outcome": Outcome, "uniform_groups": UniformGroups}
 _NOT_NEGATIVE = (
     *("agree_coefficient", "conflict_coefficient", "agree_outcome_weight", "conflict_outcome_weight"),
-    *("noise_floor", "trajectory_margin"),
+    *("noise_floor", "trajectory_margin", "reference_kl_coef"),
 )
 
 

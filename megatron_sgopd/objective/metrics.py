@@ -14,6 +14,7 @@ from megatron_sgopd.objective.methods import Method
 Sums = dict[str, torch.Tensor]
 
 _CLASS_NAMES = {AGREE: "agree", NEUTRAL: "neutral", CONFLICT: "conflict"}
+_TOTALS = ("tokens", "teacher_tokens", "logprob_gap_max")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Bin edges of |A_t|: 40 a decade, so that a quantile is right within 3 %; below 1e-4 counts as 0.
 _EDGES = torch.logspace(-4, 3, 281, dtype=torch.float64)
@@ -49,8 +50,17 @@ def metric_sums(
         "advantage_histogram": _histogram(advantage_T),
         "logprob_gap": gap_T.sum(),
         "logprob_gap_max": gap_T.max() if gap_T.numel() else gap_T.new_zeros(()),
+        "logprob_gap_histogram": _histogram(gap_T),
         "weight": weight_T.sum(),
+        "teacher_tokens": s_T.new_zeros(()),
+        "teacher_loss": s_T.new_zeros(()),
     }
+    if signals.imitation_T is not None:
+        imitated_T = signals.imitation_T > 0
+        sums["teacher_tokens"] = imitated_T.sum().double()
+        sums["teacher_loss"] = -student_logprobs_T[imitated_T].double().sum()
+    if signals.old_logprobs_T is not None:
+        sums["ratio_clipped"] = update.clipped_T[mask_T].double().sum()
     if method.importance_clip is not None:
         sums["importance_clipped"] = (s_T - b_T > math.log(method.importance_clip)).double().sum()
     if method.teacher:
@@ -75,20 +85,19 @@ def add_sums(parts: Sequence[Sums]) -> Sums:
 
 def metrics_from_sums(sums: Sums) -> dict[str, float]:
     """Means, fractions and quantiles; NaN where there is nothing to take the mean of."""
-    tokens, counts = float(sums["tokens"]), sums["class_counts"]
-    means = {
-        name: float(value) / tokens if tokens else float("nan")
-        for name, value in sums.items()
-        if value.dim() == 0 and name != "tokens" and not name.endswith("_max")
-    }
-    metrics = {"tokens": tokens, "logprob_gap_max": float(sums["logprob_gap_max"]), **means}
+    counts = sums["class_counts"]
+    metrics = {name: float(sums[name]) for name in _TOTALS}
+    for name, total in sums.items():
+        if total.dim() == 0 and name not in _TOTALS:
+            metrics[name] = _ratio(total, sums["teacher_tokens" if name == "teacher_loss" else "tokens"])
     for index, name in _CLASS_NAMES.items():
         metrics[name] = _ratio(counts[index].sum(), counts.sum())
         metrics[f"{name}_wrong"] = _ratio(counts[index, 0], counts[:, 0].sum())
         metrics[f"{name}_right"] = _ratio(counts[index, 1], counts[:, 1].sum())
         metrics[f"abs_delta_{name}"] = _ratio(sums["class_abs_delta"][index], counts[index].sum())
-    for q, value in zip(_QUANTILES, _quantiles(sums["advantage_histogram"]), strict=True):
-        metrics[f"advantage_p{round(100 * q):02d}"] = value
+    for name in ("advantage", "logprob_gap"):
+        for q, value in zip(_QUANTILES, _quantiles(sums[f"{name}_histogram"]), strict=True):
+            metrics[f"{name}_p{round(100 * q):02d}"] = value
     return metrics
 
 

@@ -29,6 +29,10 @@ class Platform(abc.ABC):
         """Where this rank's tensors live."""
 
     @abc.abstractmethod
+    def memory_used(self) -> int:
+        """Bytes of that device's memory in use."""
+
+    @abc.abstractmethod
     def layer_spec(self, config: TransformerConfig) -> ModuleSpec:
         """The decoder layers that a `GPTModel` of this configuration is built from."""
 

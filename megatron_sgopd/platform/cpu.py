@@ -59,6 +59,9 @@ class CpuPlatform(Platform):
     def device(self) -> torch.device:
         return CPU
 
+    def memory_used(self) -> int:
+        return psutil.Process().memory_info().rss
+
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 

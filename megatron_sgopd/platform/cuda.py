@@ -34,6 +34,10 @@ class CudaPlatform(Platform):
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
 
+    def memory_used(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

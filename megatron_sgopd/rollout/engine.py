@@ -22,8 +22,14 @@ class RolloutEngine:
     sampled from: after the temperature, over the whole vocabulary.
     """
 
-    def __init__(self, folder: str | Path, settings: RolloutSettings, max_tokens: int, seed: int) -> None:
-        """Load the model in `folder` (Hugging Face format); prompt and response share `max_tokens`."""
+    def __init__(
+        self, folder: str | Path, settings: RolloutSettings, max_tokens: int, seed: int, keeps_weights: bool = False
+    ) -> None:
+        """Load the model in `folder` (Hugging Face format); prompt and response share `max_tokens`.
+
+        Args:
+            keeps_weights: while it sleeps, in host memory; else they must be loaded anew after each sleep.
+        """
         from vllm import LLM
 
         world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -32,6 +38,7 @@ class RolloutEngine:
         self._replica = rank // settings.tensor_parallel
         self._contributes = rank % settings.tensor_parallel == 0
         self._max_new_tokens = settings.max_new_tokens
+        self._sleep_level = 1 if keeps_weights else 2
         self.weight_version = 0
         self._llm = LLM(
             model=str(folder),
@@ -46,13 +53,13 @@ class RolloutEngine:
         )
 
     def generate(
-        self, prompts: Sequence[Prompt], samples: int, temperature: float, run_seed: int, step: int
+        self, prompts: Sequence[Prompt], samples: Sequence[int], temperature: float, run_seed: int, step: int
     ) -> list[Trajectory]:
-        """Sample `samples` responses for each prompt; every rank gets all of them, in order."""
+        """Sample as many responses for each prompt as `samples` says; every rank gets all of them, in order."""
         from vllm import SamplingParams, TokensPrompt
 
-        mine = prompts[self._replica :: self._replicas]
-        requests = [(prompt, sample) for prompt in mine for sample in range(samples)]
+        mine = list(zip(prompts, samples, strict=True))[self._replica :: self._replicas]
+        requests = [(prompt, sample) for prompt, count in mine for sample in range(count)]
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _ in requests],
             [
@@ -80,7 +87,7 @@ class RolloutEngine:
                     truncated=completion.finish_reason == "length",
                 )
             )
-        return gather_trajectories(local, prompts, samples, self._contributes)
+        return gather_trajectories(local, prompts, self._contributes)
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights by full tensors under their Hugging Face names."""
@@ -92,7 +99,7 @@ class RolloutEngine:
     def sleep(self) -> None:
         """Give the device's memory to training (a no-op where the platform has no sleep mode)."""
         if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=self._sleep_level)
 
     def wake(self, tags: list[str]) -> None:
         """Take memory back: `weights` before a sync, `kv_cache` before generating."""

@@ -23,6 +23,7 @@ from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 
 REASONING_GYM = "reasoning_gym:"
+_EPOCH_END = ", "
 _BATCH = 1000  # rows tokenized at a time; a tokenizer's output is many times larger than what is kept of it
 
 
@@ -40,6 +41,11 @@ class Prompt:
     """Name of the reasoning-gym task; empty for files."""
     metadata: dict[str, Any]
     """What the task's own scorer needs; JSON values."""
+
+    @property
+    def problem(self) -> str:
+        """The id without the epoch."""
+        return self.id.rpartition(_EPOCH_END)[2]
 
 
 class PromptSet(Sequence[Prompt]):
@@ -272,7 +278,7 @@ def _folder_rows(path: Path, settings: PromptSettings) -> Iterator[_Row]:
 
 def _parquet_rows(files: Sequence[str], path: Path, settings: PromptSettings) -> Iterator[_Row]:
     import datasets
-    from pyarrow.parquet import read_metadata  # type: ignore[import-untyped]
+    from pyarrow.parquet import read_metadata
 
     with _datasets_errors(path):
         files = [file for file in files if read_metadata(file).num_rows]  # it fails on those that have none
@@ -403,7 +409,7 @@ class PromptStream:
             if epoch != self._order[0]:
                 self._order = (epoch, _shuffled(len(self._prompts), self._seed, epoch))
             prompt = self._prompts[int(self._order[1][place])]
-            drawn.append(dataclasses.replace(prompt, id=f"epoch {epoch}, {prompt.id}"))
+            drawn.append(dataclasses.replace(prompt, id=f"epoch {epoch}{_EPOCH_END}{prompt.id}"))
         self._position += count
         return drawn
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.rollout.prompts import Prompt
+from megatron_sgopd.rollout.teacher_rollouts import Taught
 from megatron_sgopd.rollout.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ class Recording:
                 tuple(t["token_ids"]),
                 tuple(t["behaviour"]),
                 t["truncated"],
+                t["from_teacher"],
             )
             for t in content["trajectories"]
         )
+        taught = Taught(tuple(t for t in trajectories if t.from_teacher), **content["taught"])
         numbers = path.with_suffix(".safetensors")
         tensors = load_file(numbers) if numbers.is_file() else {}
-        return Batch(step, prompts, trajectories), tensors
+        return Batch(step, prompts, taught, tuple(t for t in trajectories if not t.from_teacher)), tensors
 
     def save(self, batch: Batch, student_logprobs: Callable[[], torch.Tensor]) -> None:
         """Write the batch and the student's log-probs of it, which `student_logprobs` collects from all ranks."""
@@ -70,7 +73,7 @@ class Recording:
             return
         from megatron_sgopd.step import SCORES
 
-        assert batch.trajectories is not None and batch.rows is not None
+        assert batch.rows is not None
         self._record.mkdir(parents=True, exist_ok=True)
         index = {prompt.id: i for i, prompt in enumerate(batch.prompts)}
         content = {
@@ -83,9 +86,15 @@ class Recording:
                     "token_ids": t.token_ids,
                     "behaviour": t.behaviour_logprobs,
                     "truncated": t.truncated,
+                    "from_teacher": t.from_teacher,
                 }
-                for t in batch.trajectories
+                for t in batch.responses
             ],
+            "taught": {
+                "weight": batch.taught.weight,
+                "approval": batch.taught.approval,
+                "shortfall": batch.taught.shortfall,
+            },
         }
         order = batch.rows.trajectory_order()
         tensors = {"student_logprobs_T": student_logprobs_T[order].contiguous()}

@@ -25,6 +25,8 @@ class Trajectory:
     """b_t in nats: log-prob of each token under the policy that sampled it, at the sampling temperature."""
     truncated: bool
     """Cut off at the length limit, before an end-of-sequence token."""
+    from_teacher: bool = False
+    """Sampled from the teacher; then b_t is not kept, since nothing may be weighted by it."""
 
 
 def sampling_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
@@ -33,13 +35,11 @@ def sampling_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def gather_trajectories(
-    local: Sequence[Trajectory], prompts: Sequence[Prompt], group_size: int, contributes: bool
-) -> list[Trajectory]:
+def gather_trajectories(local: Sequence[Trajectory], prompts: Sequence[Prompt], contributes: bool) -> list[Trajectory]:
     """All ranks' trajectories on every rank, ordered by prompt and sample.
 
     Args:
-        local: what this rank generated, `group_size` for each of some of the prompts.
+        local: what this rank has, all from the student or all from the teacher, for any of the prompts.
         prompts: all prompts of the step, the same list on every rank.
         contributes: False on ranks that only repeat another rank's trajectories.
     """
@@ -48,21 +48,24 @@ def gather_trajectories(
     index = {prompt.id: i for i, prompt in enumerate(prompts)}
     mine = local if contributes else ()
     header = torch.tensor(
-        [[index[t.prompt.id], t.sample, len(t.token_ids), t.truncated] for t in mine], dtype=torch.int64
-    ).reshape(-1, 4)
+        [[index[t.prompt.id], t.sample, len(t.token_ids), t.truncated, t.from_teacher] for t in mine],
+        dtype=torch.int64,
+    ).reshape(-1, 5)
     tokens = torch.tensor([token for t in mine for token in t.token_ids], dtype=torch.int64)
     logprobs = torch.tensor([b for t in mine for b in t.behaviour_logprobs], dtype=torch.float64)
-    gathered = zip(*(_all_gather_ragged(tensor) for tensor in (header, tokens, logprobs)), strict=True)
+    gathered = zip(*(all_gather_ragged(tensor) for tensor in (header, tokens, logprobs)), strict=True)
     trajectories = []
     for header, tokens, logprobs in gathered:
-        lengths = header[:, 2].tolist()
-        for (prompt, sample, _, truncated), t, b in zip(
-            header.tolist(), tokens.split(lengths), logprobs.split(lengths), strict=True
+        lengths = header[:, 2]
+        of_tokens, of_logprobs = lengths.tolist(), (lengths * (1 - header[:, 4])).tolist()
+        for (prompt, sample, _, truncated, teacher), t, b in zip(
+            header.tolist(), tokens.split(of_tokens), logprobs.split(of_logprobs), strict=True
         ):
             trajectories.append(
-                Trajectory(prompts[prompt], sample, tuple(t.tolist()), tuple(b.tolist()), bool(truncated))
+                Trajectory(
+                    prompts[prompt], sample, tuple(t.tolist()), tuple(b.tolist()), bool(truncated), bool(teacher)
+                )
             )
-    assert len(trajectories) == len(prompts) * group_size
     return _in_order(trajectories, prompts)
 
 
@@ -71,7 +74,7 @@ def _in_order(trajectories: Sequence[Trajectory], prompts: Sequence[Prompt]) -> 
     return sorted(trajectories, key=lambda t: (index[t.prompt.id], t.sample))
 
 
-def _all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
+def all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of different first sizes from all ranks."""
     from megatron_sgopd.platform import current
 

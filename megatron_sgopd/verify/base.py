@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.imports import import_function
 
 MAX_ANSWER = 1000
 """Characters by which an answer may exceed the reference; a longer one is wrong unseen, since parsers are slow."""
@@ -55,23 +55,13 @@ def resolve_verifier(name: str) -> Verifier:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
+    if not all(name.partition(":")):
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
             f"unknown verify.verifier {name!r}: {hint}Known: {', '.join(BUILT_IN)}, or import.path:function"
         )
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the user's module may raise anything
-        raise ConfigError(
-            f"verify.verifier {name!r} cannot be imported ({type(error).__name__}: {error}): "
-            "give import.path:function of a module that `python -c 'import import.path'` finds"
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"verify.verifier {name!r} is a {type(function).__name__}, not a function")
-    return function
+    return import_function(name, "verify.verifier")
 
 
 def _math(request: VerifyRequest) -> VerifierResult:

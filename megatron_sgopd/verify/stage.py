@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_sgopd.config import VerifySettings
 from megatron_sgopd.platform import current
-from megatron_sgopd.rollout.trajectory import Trajectory
+from megatron_sgopd.rollout.trajectory import Trajectory, all_gather_ragged
 from megatron_sgopd.verify.base import VerifierResult, VerifyRequest
 from megatron_sgopd.verify.pool import FAULTS, VerifierPool
 
@@ -60,6 +62,14 @@ class Verification:
             return outcomes_N
 
         return outcomes
+
+    def all_checked(self) -> list[tuple[str, VerifierResult]]:
+        """Text and result of what all ranks checked last, in the order of the trajectories, on every rank."""
+        mine = json.dumps([[text, asdict(result)] for _, text, result in self.checked]).encode()
+        parts = all_gather_ragged(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        by_rank = [[(text, VerifierResult(**r)) for text, r in json.loads(bytes(part.tolist()))] for part in parts]
+        longest = max(len(checked) for checked in by_rank)
+        return [checked[i] for i in range(longest) for checked in by_rank if i < len(checked)]
 
     def close(self) -> None:
         """End the verifier processes."""

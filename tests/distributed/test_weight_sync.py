@@ -42,7 +42,7 @@ def check_sync() -> None:
         assert engine.weight_version == version + 1
         model.load_state_dict(weights, strict=False)
         for temperature in (1.0, 0.7):
-            for trajectory in engine.generate(prompts, 1, temperature, run_seed=1, step=0):
+            for trajectory in engine.generate(prompts, [1] * len(prompts), temperature, run_seed=1, step=0):
                 ids = torch.tensor([trajectory.prompt.token_ids + trajectory.token_ids])
                 with torch.no_grad():
                     logprobs = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])
@@ -64,8 +64,8 @@ def check_sync() -> None:
             sync_weights(engine, iter(sent.items()), digests)
 
     # What is sampled depends on run seed, step, prompt and sample, not on who is sampled beside it.
-    together = engine.generate(prompts, 2, 1.0, run_seed=7, step=3)
-    alone = engine.generate(prompts[4:5], 2, 1.0, run_seed=7, step=3)
+    together = engine.generate(prompts, [2] * len(prompts), 1.0, run_seed=7, step=3)
+    alone = engine.generate(prompts[4:5], [2], 1.0, run_seed=7, step=3)
     assert [t.token_ids for t in together[8:10]] == [t.token_ids for t in alone]
     assert together[8].token_ids != together[9].token_ids or len(together[8].token_ids) < 3
 

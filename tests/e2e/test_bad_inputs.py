@@ -1,5 +1,6 @@
 """Every bad input: exit code 2, one readable message with the mend, no traceback, nothing left behind."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sgopd.checks import check_inputs
 from megatron_sgopd.cli import main
+from megatron_sgopd.recipe import load_recipe
+from megatron_sgopd.rollout.bank import writing
+from megatron_sgopd.rollout.teacher_rollouts import teacher_worker
 
 from .conftest import RECIPE, REPOSITORY, STUDENT, TEACHER, Finished
 
@@ -45,6 +50,17 @@ def other_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def bank(folder: Path, **other: object) -> Path:
+    """A bank without rollouts of the example's teacher and prompts."""
+    recipe = load_recipe(RECIPE)
+    inputs = check_inputs(recipe, recipe.train.row_tokens)
+    worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens)
+    identity = dataclasses.replace(worker.identity(inputs.train), **other)
+    with writing(folder, identity, "train-0"):
+        return folder
+
+
+TAUGHT = ["teacher_rollouts.weight=0.5", "teacher_rollouts.end_step=10"]
 GOOD = {"prompt": "1+1", "answer": "2"}
 
 BAD = {
@@ -82,6 +98,28 @@ BAD = {
     "a Megatron flag that contradicts the recipe": (
         lambda tmp: ["megatron.lr=0.5"],
         "megatron.lr=0.5 contradicts train.learning_rate",
+    ),
+    "an objective that is not there": (lambda tmp: ["sgopd.objective=nowhere:f"], "sgopd.objective 'nowhere:f' cannot"),
+    "a fraction of the slots above 1": (
+        lambda tmp: [*TAUGHT, "teacher_rollouts.mode=mixture", "teacher_rollouts.weight=1.5"],
+        "teacher_rollouts.weight=1.5 is a fraction of the slots in mode mixture: give 0 to 1",
+    ),
+    "the end before the hold": (
+        lambda tmp: [*TAUGHT, "teacher_rollouts.hold_steps=11"],
+        "teacher_rollouts.end_step=10 is before hold_steps=11",
+    ),
+    "weight without an end": (lambda tmp: ["teacher_rollouts.weight=1"], "let it be the first step without"),
+    "a bank that is none": (
+        lambda tmp: [*TAUGHT, f"teacher_rollouts.bank={tmp}"],
+        "is no bank of rollouts",
+    ),
+    "a bank of another teacher": (
+        lambda tmp: [*TAUGHT, f"teacher_rollouts.bank={bank(tmp / 'bank', model='another')}"],
+        "is a bank with another model (model is 'another', and the recipe has '",
+    ),
+    "an empty bank": (
+        lambda tmp: [*TAUGHT, f"teacher_rollouts.bank={bank(tmp / 'bank')}"],
+        "has 0 rollouts and none that was approved, but teacher_rollouts.weight=0.5",
     ),
     "replay folder without the step": (lambda tmp: [f"logging.replay={tmp}"], "step_000000.json"),
 }

@@ -10,7 +10,7 @@ import torch
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.objective.gate import AGREE, CONFLICT
-from megatron_sgopd.objective.loss import TokenSignals, coefficients, on_policy_loss, token_update, trajectory_gate
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, policy_loss, token_update, trajectory_gate
 from megatron_sgopd.objective.methods import METHODS, Method, method_from_settings
 from megatron_sgopd.objective.metrics import metric_sums, metrics_from_sums
 from megatron_sgopd.objective.outcome import outcome_advantage, uniform_groups
@@ -96,7 +96,7 @@ def test_a_teacher_equal_to_the_student_changes_nothing(name: str) -> None:
     reference_T = s_T if method.reference == "initial" else None
     signals = changed(signals, teacher_logprobs_T=s_T, reference_logprobs_T=reference_T)
     s_T = s_T.clone().requires_grad_()
-    loss = on_policy_loss(s_T, signals, method, TOKENS)
+    loss = policy_loss(s_T, signals, method, TOKENS)
     (grad_T,) = torch.autograd.grad(loss, s_T)
     assert loss == 0
     assert torch.equal(grad_T, torch.zeros_like(grad_T))
@@ -156,7 +156,7 @@ def test_gradient_is_minus_w_a_over_n(name: str, clip: float | None) -> None:
     s_T, signals, _ = batch(6, method)
     update = token_update(s_T, signals, method)
     s_T = s_T.clone().requires_grad_()
-    (grad_T,) = torch.autograd.grad(on_policy_loss(s_T, signals, method, 17), s_T)
+    (grad_T,) = torch.autograd.grad(policy_loss(s_T, signals, method, 17), s_T)
     assert torch.equal(grad_T, -(update.weight_T * update.advantage_T / 17))
     assert torch.equal(-grad_T, coefficients(s_T.detach(), signals, method, 17))
 
@@ -168,7 +168,7 @@ def test_gradient_of_the_logits_is_the_closed_form() -> None:
     logits_TV = torch.randn(TOKENS, 11, generator=generator, dtype=torch.float64, requires_grad=True)
     targets_T = torch.randint(0, 11, (TOKENS,), generator=generator)
     s_T = logits_TV.log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
-    on_policy_loss(s_T, signals, method, TOKENS).backward()
+    policy_loss(s_T, signals, method, TOKENS).backward()
     c_T = coefficients(s_T.detach(), signals, method, TOKENS)
     onehot_TV = torch.nn.functional.one_hot(targets_T, 11)
     # Sums over 11 logits in another order.
@@ -264,25 +264,27 @@ def test_metrics_are_what_they_are_called() -> None:
         "neutral_wrong": 0.0,
         "weight": update.weight_T.mean(),
         "importance_clipped": (torch.exp(s_T - signals.behaviour_logprobs_T) > 2).double().mean(),
-        "loss": on_policy_loss(s_T, signals, method, TOKENS),
+        "loss": policy_loss(s_T, signals, method, TOKENS),
+        "teacher_tokens": 0,
     }
-    quantiles = {"advantage_p05", "advantage_p25", "advantage_p50", "advantage_p75", "advantage_p95"}
-    assert metrics.keys() == expected.keys() | quantiles | {"abs_delta_neutral"}
-    assert math.isnan(metrics["abs_delta_neutral"])  # no token is
+    spread = {"advantage": update.advantage_T, "logprob_gap": gap_T}
+    quantiles = {f"{name}_p{q:02d}": (name, q) for name in spread for q in (5, 25, 50, 75, 95)}
+    assert metrics.keys() == expected.keys() | quantiles.keys() | {"abs_delta_neutral", "teacher_loss"}
+    assert math.isnan(metrics["abs_delta_neutral"]) and math.isnan(metrics["teacher_loss"])  # no token is
     for name, value in expected.items():  # sums in another order
         assert metrics[name] == pytest.approx(float(value), rel=1e-12), name
-    for q in (5, 25, 50, 75, 95):  # the value stands for a bin that reaches 3 % to both sides
-        value = metrics[f"advantage_p{q:02d}"]
+    for quantile, (name, q) in quantiles.items():  # the value stands for a bin that reaches 3 % to both sides
+        value = metrics[quantile]
         reach = 0.03 * abs(value) + 1e-4
-        assert (update.advantage_T <= value + reach).sum() >= q / 100 * TOKENS
-        assert (update.advantage_T < value - reach).sum() <= q / 100 * TOKENS
+        assert (spread[name] <= value + reach).sum() >= q / 100 * TOKENS
+        assert (spread[name] < value - reach).sum() <= q / 100 * TOKENS
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_tokens_at_all(name: str) -> None:
     s_T, signals, outcomes_N = batch(12, METHODS[name])
     none = signals[:0]
-    assert on_policy_loss(s_T[:0], none, METHODS[name], 1.0) == 0
+    assert policy_loss(s_T[:0], none, METHODS[name], 1.0) == 0
     update = token_update(s_T[:0], none, METHODS[name])
     sums = metric_sums(s_T[:0], none, update, outcomes_N[:0], s_T[:0], METHODS[name])
     assert metrics_from_sums(sums)["tokens"] == 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from megatron_sgopd.objective.gate import AGREE, CONFLICT, NEUTRAL, gate
-from megatron_sgopd.objective.loss import TokenSignals, coefficients, on_policy_loss, token_update
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, policy_loss, token_update
 from megatron_sgopd.objective.methods import METHODS, Method, method_from_settings
 from megatron_sgopd.objective.metrics import Sums, add_sums, metric_sums
 from megatron_sgopd.objective.outcome import outcome_advantage, uniform_groups
@@ -296,13 +296,13 @@ def _nothing_but_the_kept_counts(
 ) -> None:
     """Loss, gradient and metrics are those of the batch that holds only `kept_tokens` of `data`."""
     s_T = student_logprobs_T.clone().requires_grad_()
-    loss = on_policy_loss(s_T, signals, method, 4.0)
+    loss = policy_loss(s_T, signals, method, 4.0)
     (grad_T,) = torch.autograd.grad(loss, s_T)
     short_s_T, whole = data.student_logprobs_T[kept_tokens], data.signals(method)
-    fields = {field.name: getattr(whole, field.name)[kept_tokens] for field in dataclasses.fields(whole)}
-    short = TokenSignals(**fields)
+    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+    short = TokenSignals(**{name: None if value is None else value[kept_tokens] for name, value in fields.items()})
     # Zeros in between change how a sum is grouped.
-    torch.testing.assert_close(loss, on_policy_loss(short_s_T, short, method, 4.0), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(loss, policy_loss(short_s_T, short, method, 4.0), rtol=1e-14, atol=1e-14)
     assert torch.equal(grad_T[keep_T], -coefficients(short_s_T, short, method, 4.0))
     assert (grad_T[~keep_T] == 0).all()
     outcomes_T = torch.full_like(student_logprobs_T, 1.0)

@@ -1,0 +1,320 @@
+"""Rollouts of a fixed model on disk: verified, kept with the reasons, and looked up by problem.
+
+The teacher's own rollouts are kept so, and the responses of an evaluation. A bank is a folder:
+
+    bank.json            whose rollouts these are: model, tokenizer, prompts, sampling, verifier
+    NAME-000000.parquet  rollouts, one a row, those of a problem together
+    NAME-000000.json     the part's rows, its problems by row group, and a digest of each row group
+    NAME.lock            held by the writer NAME while it runs
+
+A part counts once its .json is there, and that is written last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_sgopd.checkpoint.files import sync_path, write_atomically
+from megatron_sgopd.errors import ConfigError
+
+IDENTITY = "bank.json"
+_SCHEMA = pa.schema(
+    [
+        ("problem", pa.string()),
+        ("sample", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("response", pa.string()),
+        ("truncated", pa.bool_()),
+        ("outcome", pa.int8()),
+        ("extracted", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+_ROW_GROUP = 1024
+"""About how many rollouts are read at a time."""
+_CACHED = 16
+"""Row groups that a reader keeps."""
+
+
+@dataclass(frozen=True)
+class BankIdentity:
+    """What the rollouts of a bank have in common; a bank with another one is refused."""
+
+    model: str
+    """Digest of the model's files."""
+    tokenizer: str
+    """Digest of its vocabulary."""
+    prompts: str
+    """Digest of the prompt set."""
+    samples: int
+    """Rollouts of each problem."""
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    verifier: str
+
+
+@dataclass(frozen=True)
+class StoredRollout:
+    """One response, judged."""
+
+    problem: str
+    """Id of the prompt, without an epoch."""
+    sample: int
+    token_ids: tuple[int, ...]
+    """Response tokens, the end-of-sequence token included where there is one."""
+    response: str
+    """As text, without special tokens."""
+    truncated: bool
+    outcome: int
+    """1: the verifier approved it."""
+    extracted: str | None
+    """The answer as found in the response."""
+    reason: str
+    """Of the verifier."""
+
+
+class RolloutBank:
+    """A bank, read a row group at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read which problems the bank has; `refresh` takes in what was written since.
+
+        Raises:
+            ConfigError: a part's description cannot be read.
+        """
+        self.folder = folder
+        self._parts: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        self._read: OrderedDict[tuple[str, int], tuple[pa.Table, dict[str, tuple[int, int]]]] = OrderedDict()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in parts that were finished since."""
+        for path in sorted(self.folder.glob("*-*.json")):
+            if path.stem in self._parts:
+                continue
+            try:
+                part = json.loads(path.read_bytes())
+                groups = [group["problems"] for group in part["row_groups"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{path} cannot be read ({error}): remove it, and its problems are made again"
+                ) from None
+            self._parts[path.stem] = part
+            for index, problems in enumerate(groups):
+                self._places.update(dict.fromkeys(problems, (path.stem, index)))
+
+    def __contains__(self, problem: str) -> bool:
+        return problem in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of all problems."""
+        return sum(part["rows"] for part in self._parts.values())
+
+    @property
+    def approved(self) -> int:
+        """How many of them the verifier approved."""
+        return sum(part["approved"] for part in self._parts.values())
+
+    def of(self, problem: str) -> list[StoredRollout]:
+        """All rollouts of a problem, in order of sample; none if the bank has none.
+
+        Raises:
+            ConfigError: the part that holds them is damaged; names file and row group.
+        """
+        if problem not in self._places:
+            return []
+        place = self._places[problem]
+        if place not in self._read:
+            self._read[place] = self._row_group(*place)
+            if len(self._read) > _CACHED:
+                self._read.popitem(last=False)
+        self._read.move_to_end(place)
+        table, spans = self._read[place]
+        rows = table.slice(*spans[problem]).to_pylist()
+        return [StoredRollout(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
+
+    def _row_group(self, name: str, index: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+        """The rollouts, and first row and number of each problem's."""
+        path = self.folder / f"{name}.parquet"
+        described = self._parts[name]["row_groups"][index]
+        try:
+            with path.open("rb") as file:
+                for what, span in (("footer", self._parts[name]["footer"]), (f"row group {index}", described)):
+                    file.seek(span["offset"])
+                    if _digest(file.read(span["bytes"])) != span["digest"]:
+                        raise ConfigError(
+                            f"{path}, {what}: the bytes are not those that were written: the disk or a copy damaged "
+                            f"them; remove {name}.parquet and {name}.json, and their problems are made again"
+                        )
+                table = pq.ParquetFile(file).read_row_group(index)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        problems = table["problem"].to_pylist()
+        runs = [(problem, len(list(same))) for problem, same in itertools.groupby(problems)]
+        starts = itertools.accumulate((count for _, count in runs), initial=0)
+        spans = {problem: (start, count) for (problem, count), start in zip(runs, starts, strict=False)}
+        if list(spans) != described["problems"]:
+            raise ConfigError(
+                f"{path.with_suffix('.json')} names other problems than row group {index} has: remove both"
+            )
+        return table, spans
+
+
+class BankWriter:
+    """Adds parts to a bank under a name that no other process uses at the time."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Use `writing` to get one."""
+        self._folder, self._name = folder, name
+        self._next = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{name}-*.json")), default=-1)
+
+    def write(self, rollouts: Sequence[StoredRollout]) -> None:
+        """Write a part; it is there whole or not at all. Rollouts of a problem stand together."""
+        path = self._folder / f"{self._name}-{self._next:06d}.parquet"
+        temporary = path.with_name(f"{path.name}.tmp")
+        groups = list(_row_groups(rollouts))
+        with pq.ParquetWriter(temporary, _SCHEMA) as writer:
+            for group in groups:
+                writer.write_table(pa.Table.from_pylist([asdict(rollout) for rollout in group], _SCHEMA))
+        part = {
+            "rows": len(rollouts),
+            "approved": sum(rollout.outcome for rollout in rollouts),
+            "row_groups": [
+                {"problems": list(dict.fromkeys(rollout.problem for rollout in group)), **span}
+                for group, span in zip(groups, _spans(temporary), strict=False)
+            ],
+            "footer": _spans(temporary)[-1],
+        }
+        sync_path(temporary)
+        temporary.rename(path)
+        write_atomically(path.with_suffix(".json"), json.dumps(part).encode())
+        self._next += 1
+
+
+@contextmanager
+def writing(folder: Path, identity: BankIdentity, name: str) -> Iterator[BankWriter]:
+    """A writer of the bank in `folder`, which is made if there is none.
+
+    Args:
+        name: `FAMILY-MEMBER`: writers of one family share out the problems, so they may run together.
+
+    Raises:
+        ConfigError: the bank is another one, or somebody writes under this name or for another family.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("a") as lock:
+        if not _locked(lock):
+            raise ConfigError(f"{folder}: another process writes as {name}: wait for it, or take another shard")
+        family = name.rpartition("-")[0]
+        for path in folder.glob("*.lock"):
+            if path.stem.rpartition("-")[0] == family:
+                continue
+            with path.open("a") as other:
+                if not _locked(other):
+                    raise ConfigError(
+                        f"{folder}: {path.stem} is being written, and would do the same problems as {name}: "
+                        "give all workers the same number of shards, and one run at a time"
+                    )
+        _claim(folder, identity)
+        yield BankWriter(folder, name)
+
+
+def _locked(file: Any) -> bool:
+    """Take the file's lock, which its process keeps until it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _claim(folder: Path, identity: BankIdentity) -> None:
+    """Mark a new folder as the bank of `identity`; the first of several workers does."""
+    own = folder / f"{IDENTITY}.{os.getpid()}"
+    write_atomically(own, json.dumps(asdict(identity), indent=1).encode())
+    try:
+        os.link(own, folder / IDENTITY)
+    except FileExistsError:
+        check_identity(folder, identity)
+    finally:
+        own.unlink()
+
+
+def check_identity(folder: Path, identity: BankIdentity) -> None:
+    """Check that a bank is what a run needs.
+
+    Raises:
+        ConfigError: there is none, or it differs; names what differs.
+    """
+    path = folder / IDENTITY
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is no bank of rollouts ({path.name}: {error}): make one with `megatron-sgopd teacher-rollouts "
+            "RECIPE`, or `megatron-sgopd eval`"
+        ) from None
+    wanted = asdict(identity)
+    different = [name for name in wanted if stored.get(name) != wanted[name]]
+    if different:
+        first = different[0]
+        raise ConfigError(
+            f"{folder} is a bank with another {', '.join(different)} ({first} is {stored.get(first)!r}, and the recipe "
+            f"has {wanted[first]!r}): choose another folder, or the recipe that the bank was made with"
+        )
+
+
+def _row_groups(rollouts: Sequence[StoredRollout]) -> Iterator[list[StoredRollout]]:
+    """Pieces of about `_ROW_GROUP` rollouts that keep a problem's together."""
+    group: list[StoredRollout] = []
+    for rollout in rollouts:
+        if len(group) >= _ROW_GROUP and rollout.problem != group[-1].problem:
+            yield group
+            group = []
+        group.append(rollout)
+    if group:
+        yield group
+
+
+def _spans(path: Path) -> list[dict[str, Any]]:
+    """Offset, bytes and digest of each row group of a parquet file, and of the rest."""
+    with path.open("rb") as file:
+        metadata = pq.ParquetFile(file).metadata
+        ends = [4]  # the format's mark
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            columns = [group.column(column) for column in range(group.num_columns)]
+            ends.append(max(_start(column) + column.total_compressed_size for column in columns))
+        ends.append(path.stat().st_size)
+        spans = []
+        for start, stop in itertools.pairwise(ends):
+            file.seek(start)
+            spans.append({"offset": start, "bytes": stop - start, "digest": _digest(file.read(stop - start))})
+    return spans
+
+
+def _start(column: Any) -> int:
+    return column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,161 @@
+"""Filling a bank: a fixed model's responses to problems, generated, verified and written part by part."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sgopd.checkpoint.files import files_digest
+from megatron_sgopd.config import RolloutSettings, VerifySettings
+from megatron_sgopd.monitor.output import libraries_write_to
+from megatron_sgopd.platform import current, select
+from megatron_sgopd.processes import joined_ranks
+from megatron_sgopd.rollout.bank import BankIdentity, BankWriter, RolloutBank, StoredRollout, writing
+from megatron_sgopd.rollout.engine import RolloutEngine
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet
+from megatron_sgopd.rollout.trajectory import Trajectory
+from megatron_sgopd.verify.base import VerifierResult
+from megatron_sgopd.verify.stage import Verification
+
+_PART_ROLLOUTS = 2048
+"""About how many are made before they are written; a worker that is killed loses no more than twice that."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model answers problems: the same responses whoever asks, whenever, and with whatever other problems."""
+
+    samples: int
+    """Responses to each problem."""
+    temperature: float
+    seed: int
+    step: int
+    """Stands for a training step in the seeds; negative, one for each use."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A model that answers, and who judges it."""
+
+    model: str
+    """Hugging Face folder."""
+    tokenizer: Any
+    sampling: Sampling
+    rollout: RolloutSettings
+    verify: VerifySettings
+    context_tokens: int
+    """That a prompt and its response must fit."""
+    platform: Any = "auto"
+
+    def identity(self, prompts: PromptSet) -> BankIdentity:
+        """What the rollouts of this worker have in common."""
+        return bank_identity(
+            self.model, self.tokenizer, prompts.digest, self.sampling, self.rollout.max_new_tokens, self.verify.verifier
+        )
+
+
+def bank_identity(
+    model: str, tokenizer: Any, prompts_digest: str, sampling: Sampling, max_new_tokens: int, verifier: str
+) -> BankIdentity:
+    """Of rollouts of the model in a folder."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return BankIdentity(
+        model=files_digest(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".json")),
+        tokenizer=hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
+        prompts=prompts_digest,
+        samples=sampling.samples,
+        temperature=sampling.temperature,
+        max_new_tokens=max_new_tokens,
+        seed=sampling.seed,
+        verifier=verifier,
+    )
+
+
+def fill(folder: Path, name: str, worker: Worker, identity: BankIdentity, prompts: Sequence[Prompt]) -> None:
+    """Answer those of `prompts` that the bank in `folder` lacks, as its writer `name`.
+
+    The ranks that torchrun or srun started work together. What libraries print goes to NAME.log in the folder.
+
+    Raises:
+        ConfigError: the bank is another one, or another process does the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(libraries_write_to(folder / f"{name}.log"))
+        select(worker.platform)
+        rank = stack.enter_context(joined_ranks())
+        writer = stack.enter_context(writing(folder, identity, name)) if rank == 0 else None
+        say = console.print if rank == 0 else _nothing
+        bank = RolloutBank(folder)
+        missing = absent_problems(bank, prompts)
+        say(f"{len(prompts) - len(missing)} of {len(prompts)} problems are there already")
+        if missing:
+            for progress in _answered(worker, missing, writer):
+                say(progress)
+        bank.refresh()
+        say(f"{folder} has {bank.rollouts} rollouts of {len(bank)} problems; {bank.approved} were approved")
+
+
+def _nothing(_: Any) -> None:
+    """For ranks whose words would repeat the first one's."""
+
+
+def _answered(worker: Worker, prompts: Sequence[Prompt], writer: BankWriter | None) -> Iterator[str]:
+    """Generate, verify and write, with progress; a part is verified while the next one is generated."""
+    verification = Verification(worker.verify, worker.tokenizer)
+    engine = RolloutEngine(worker.model, worker.rollout, worker.context_tokens, worker.sampling.seed)
+    total, started, done, approved = len(prompts) * worker.sampling.samples, time.monotonic(), 0, 0
+    judging: tuple[Sequence[Trajectory], Callable[[], torch.Tensor]] | None = None
+    for part in [*itertools.batched(prompts, max(1, _PART_ROLLOUTS // worker.sampling.samples)), ()]:
+        trajectories = sample_problems(engine, part, worker.sampling) if part else []
+        if judging is not None:
+            judged, outcomes = judging
+            approved += int(outcomes().sum())
+            done += len(judged)
+            rollouts = judged_rollouts(judged, verification.all_checked())
+            if writer is not None:
+                writer.write(rollouts)
+            rate = done / (time.monotonic() - started)
+            yield (
+                f"{done} of {total} rollouts, {approved / done:.0%} approved, {rate:.0f} a second, "
+                f"left {timedelta(seconds=round((total - done) / rate))}"
+            )
+        judging = (trajectories, verification.start(trajectories))
+    verification.close()
+    engine.close()
+
+
+def sample_problems(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Trajectory]:
+    """Responses to problems, whatever epoch their prompts are of."""
+    problems = [dataclasses.replace(prompt, id=prompt.problem) for prompt in prompts]
+    samples = [sampling.samples] * len(problems)
+    return engine.generate(problems, samples, sampling.temperature, sampling.seed, sampling.step)
+
+
+def judged_rollouts(
+    trajectories: Sequence[Trajectory], checked: Sequence[tuple[str, VerifierResult]]
+) -> list[StoredRollout]:
+    """As they are kept in a bank."""
+    return [
+        StoredRollout(t.prompt.problem, t.sample, t.token_ids, text, t.truncated, r.outcome, r.extracted, r.reason)
+        for t, (text, r) in zip(trajectories, checked, strict=True)
+    ]
+
+
+def absent_problems(bank: RolloutBank, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those of `prompts` that the bank has no rollouts of, by what the first rank sees of it."""
+    absent = torch.tensor([prompt.problem not in bank for prompt in prompts], dtype=torch.bool).to(current().device)
+    dist.broadcast(absent, 0)
+    return [prompt for prompt, is_absent in zip(prompts, absent.tolist(), strict=True) if is_absent]

@@ -1,0 +1,138 @@
+"""The second level of SG-OPD in whole runs: the schedule, the bank, the hand-over to the student's own rollouts."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgopd.objective.schedule import TeacherSchedule
+from megatron_sgopd.rollout.bank import RolloutBank
+
+from .conftest import Finished, start, succeed
+from .test_run import wait_for_step
+
+STEPS, HOLD, END = 9, 3, 6
+TAUGHT = {
+    "parallel.ranks": 1,
+    "parallel.tensor": 1,
+    "train.steps": STEPS,
+    "checkpoint.every": 1,
+    "data.heldout": None,
+    "teacher_rollouts.weight": 0.5,
+    "teacher_rollouts.hold_steps": HOLD,
+    "teacher_rollouts.end_step": END,
+    "teacher_rollouts.samples": 2,
+    "teacher_rollouts.ahead_steps": 2,
+}
+SCHEDULE = TeacherSchedule(0.5, HOLD, END)
+
+
+@pytest.fixture(scope="session")
+def taught_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return succeed(tmp_path_factory.mktemp("taught"), TAUGHT)
+
+
+def column(run: Finished, name: str) -> list[Any]:
+    return [line[name] for line in run.metrics]
+
+
+def test_the_weight_is_the_formula_at_every_step(taught_run: Finished) -> None:
+    assert column(taught_run, "teacher_weight") == [SCHEDULE(step) for step in range(STEPS)]
+
+
+def test_approved_rollouts_are_trained_on_until_the_schedule_ends(taught_run: Finished) -> None:
+    for step, line in enumerate(taught_run.metrics):
+        recorded = taught_run.recorded_text(step)["trajectories"]
+        teachers = [t for t in recorded if t["from_teacher"]]
+        assert line["teacher_rollouts"] == len(teachers)
+        assert line["teacher_tokens"] == sum(len(t["token_ids"]) for t in teachers)
+        assert len(recorded) - len(teachers) == 16, "the student's share is whole in mode auxiliary"
+        if step < END:
+            assert teachers and line["teacher_loss"] > 0 and line["hidden_grad_norm_teacher"] > 0
+            assert line["teacher_approval"] == pytest.approx(len(teachers) / 8)
+        else:
+            assert not teachers and line["teacher_loss"] is None and "hidden_grad_norm_teacher" not in line
+
+
+def test_the_bank_has_every_prompt_once_with_reasons(taught_run: Finished) -> None:
+    bank = RolloutBank(taught_run.folder / "teacher_bank")
+    drawn = [p["id"].split(", ")[1] for step in range(END) for p in taught_run.recorded_text(step)["prompts"]]
+    assert sorted(drawn) == sorted(bank._places), "six steps of four prompts, and none of a later step"
+    assert bank.rollouts == 2 * len(bank)
+    reasons = {r.reason for problem in drawn for r in bank.of(problem)}
+    assert "right" in reasons and 0 < bank.approved <= bank.rollouts
+    for problem in drawn:
+        assert all((r.reason == "right") == (r.outcome == 1) for r in bank.of(problem))
+
+
+def test_the_teachers_engine_is_gone_after_the_end(taught_run: Finished) -> None:
+    [(before, after)] = re.findall(r"teacher engine released: memory in use (\d+) -> (\d+) MiB", taught_run.output)
+    assert int(after) < int(before) - 500
+    memory = column(taught_run, "memory_mib")
+    assert max(memory[END:]) < min(memory[:END]) - 500
+
+
+@pytest.fixture(scope="session")
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, list[int]]:
+    """The same run, killed once in each phase, and the step after which each attempt but the first went on."""
+    folder, went_on = tmp_path_factory.mktemp("killed"), []
+    for killed_at in (2, 4, 7):
+        process = start(folder, TAUGHT)
+        wait_for_step(folder, killed_at, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        went_on.append(int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text()))
+    return succeed(folder, TAUGHT), went_on
+
+
+def test_a_run_that_was_killed_in_each_phase_has_the_same_numbers(
+    taught_run: Finished, killed_run: tuple[Finished, list[int]]
+) -> None:
+    resumed, went_on = killed_run
+    for checkpoint, (first, last) in zip(went_on, ((1, HOLD), (HOLD, END), (END, STEPS)), strict=True):
+        assert first <= checkpoint < last, f"killed in another phase: the checkpoints were {went_on}"
+    assert column(resumed, "teacher_weight") == [SCHEDULE(step) for step in range(STEPS)]
+    for name in ("loss", "teacher_loss", "grad_norm", "teacher_rollouts", "pass_rate"):
+        for ours, theirs in zip(column(resumed, name), column(taught_run, name), strict=True):
+            assert ours == (None if theirs is None else pytest.approx(theirs, rel=1e-5)), name
+    bank = RolloutBank(resumed.folder / "teacher_bank")
+    assert bank.rollouts == 2 * len(bank) == 48
+
+
+def test_a_run_that_resumes_after_the_end_never_builds_the_teachers_engine(
+    taught_run: Finished, killed_run: tuple[Finished, list[int]]
+) -> None:
+    resumed, went_on = killed_run
+    assert "teacher engine released" not in resumed.output
+    assert max(column(resumed, "memory_mib")[went_on[-1] :]) < min(column(taught_run, "memory_mib")[:END]) - 500
+
+
+def test_mixture_gives_the_teacher_its_slots_and_counts_what_is_missing(tmp_path: Path) -> None:
+    changes = {"train.steps": 4, "teacher_rollouts.mode": "mixture", "teacher_rollouts.shape": "step"}
+    changes |= {"teacher_rollouts.hold_steps": 0, "teacher_rollouts.end_step": 3, "sgopd.updates_per_batch": 2}
+    changes |= {"parallel.ranks": 2, "parallel.tensor": 2}
+    run = succeed(tmp_path, TAUGHT | changes)
+    assert column(run, "teacher_weight") == [0.5, 0.5, 0.5, 0.0]
+    for step, line in enumerate(run.metrics):
+        recorded = run.recorded_text(step)["trajectories"]
+        of_prompt = [[t["from_teacher"] for t in recorded if t["prompt"] == prompt] for prompt in range(4)]
+        assert all(len(group) == 4 for group in of_prompt), "every group has its size"
+        assert all(sum(group) <= (2 if step < 3 else 0) for group in of_prompt)
+        if step < 3:
+            assert line["teacher_shortfall"] == pytest.approx(1 - sum(map(sum, of_prompt)) / 8)
+        assert 0 <= line["ratio_clipped"] < 1
+
+
+def test_recorded_batches_hold_the_teachers_part(taught_run: Finished, tmp_path: Path) -> None:
+    replayed = succeed(
+        tmp_path,
+        TAUGHT | {"train.steps": 1, "logging.replay": str(taught_run.folder / "recorded"), "logging.record": None},
+    )
+    ours, theirs = replayed.metrics[0], taught_run.metrics[0]
+    for name in ("loss", "teacher_loss", "grad_norm", "teacher_weight", "teacher_tokens", "hidden_grad_norm_teacher"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
