@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
         heldout = load_prompts(_limited(settings.data.heldout, settings, row_tokens), tokenizer)
     train = load_prompts(_limited(settings.data.train, settings, row_tokens), tokenizer, exclude=heldout)
     if settings.verify.verifier == "task":
-        from megatron_sgopd.verify.tasks import scorer
-
-        for prompts in (train, heldout):
-            if prompts:
-                scorer(prompts[0].task)  # a source has one task
+        check_task_scorers((train, heldout))
     if len(train) < settings.rollout.prompts_per_step:
         raise ConfigError(
             f"data.train has {len(train)} prompts, fewer than rollout.prompts_per_step="
@@ -78,6 +74,18 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
 
 
 _NO_METHOD_FIELDS = ("method", "logprob_chunk_tokens", "updates_per_batch")
+
+
+def check_task_scorers(sets: Iterable[Sequence[Prompt]]) -> None:
+    """Check that verifier `task` has a scorer for all prompts.
+
+    Raises:
+        ConfigError: a prompt is of no task, or of one whose scorer would evaluate the answer as code.
+    """
+    from megatron_sgopd.verify.tasks import scorer
+
+    for task in {prompt.task for prompts in sets for prompt in prompts}:
+        scorer(task)
 
 
 def _method(settings: Settings) -> Method:
@@ -142,7 +150,7 @@ def _check_lengths(settings: Settings, student: Architecture, teacher: Architect
 
 def _common_tokenizer(settings: Settings) -> Any:
     """The student's tokenizer, which must map the same text to the same ids as the teacher's."""
-    student, teacher = (_load_tokenizer(path) for path in (settings.model.path, settings.teacher.path))
+    student, teacher = (load_tokenizer(path) for path in (settings.model.path, settings.teacher.path))
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
@@ -161,7 +169,12 @@ def _common_tokenizer(settings: Settings) -> Any:
     return student
 
 
-def _load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sgopd.checks import Inputs, check_inputs
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.evaluate import pass_rate
+from megatron_sgopd.evaluation.heldout import respond
 from megatron_sgopd.models.microbatch import unwrapped
 from megatron_sgopd.models.policy import PolicyStep, Student
 from megatron_sgopd.models.provider import check_model, set_rotary_frequencies
@@ -136,9 +136,9 @@ class Run:
         with self.clock("evaluate"):
             settings = self.settings.evaluate
             self.engine.wake(["kv_cache"])
-            rate = pass_rate(self.engine, self.verification, self.inputs.heldout, settings, self.seed)
+            responses = respond(self.engine, self.verification, self.inputs.heldout, settings, self.seed)
             self.engine.sleep()
-        self.monitor.evaluation(name, step, rate, len(self.inputs.heldout), settings.samples)
+        self.monitor.evaluation(name, step, responses)
 
     @property
     def scorers(self) -> list[Scorer]:
@@ -228,8 +228,7 @@ def _evaluate_teacher(
     settings: Settings, args: Any, inputs: Inputs, verification: Verification, monitor: Monitor
 ) -> None:
     engine = _teacher_engine(settings, args)
-    rate = pass_rate(engine, verification, inputs.heldout, settings.evaluate, args.seed)
-    monitor.evaluation("teacher", 0, rate, len(inputs.heldout), settings.evaluate.samples)
+    monitor.evaluation("teacher", 0, respond(engine, verification, inputs.heldout, settings.evaluate, args.seed))
     engine.close()
 
 

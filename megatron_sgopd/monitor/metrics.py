@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_sgopd.config import Settings
+from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console
 from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.trajectory import Trajectory
@@ -75,18 +76,25 @@ class Monitor:
             # repr: a response may hold terminal control sequences.
             self._console.print(f"  {mark}  {escape(repr(text))}  (answer {escape(trajectory.prompt.answer)})")
 
-    def evaluation(self, name: str, step: int, pass_rate: float, problems: int, samples: int) -> None:
-        """Record a pass rate: `before`, `teacher`, `step` or `after`."""
-        if self._writes:
-            line = {
-                "name": name,
-                "step": step,
-                "pass_rate": pass_rate,
-                "problems": problems,
-                "samples": samples,
-            }
-            _append(self._folder / EVALUATIONS, line)
-            self._console.print(f"[bold]{name}[/bold] pass rate {pass_rate:.1%} (avg@{samples} of {problems} problems)")
+    def evaluation(self, name: str, step: int, responses: Responses) -> None:
+        """Record the scores on the held-out problems: `before`, `teacher`, `step` or `after`."""
+        if not self._writes:
+            return
+        found = scores(responses, powers_of_two(responses.samples))
+        average = found[f"avg@{responses.samples}"]
+        line = {
+            "name": name,
+            "step": step,
+            "pass_rate": average.mean,
+            "problems": responses.problems,
+            "samples": responses.samples,
+            "scores": as_json(found),
+        }
+        _append(self._folder / EVALUATIONS, line)
+        self._console.print(
+            f"[bold]{name}[/bold] pass rate {average.mean:.1%} ({average.low:.1%} to {average.high:.1%}; "
+            f"avg@{responses.samples} of {responses.problems} problems)"
+        )
 
     def summary(self) -> None:
         """Write summary.json from the files of all attempts, and show the table."""

@@ -45,7 +45,7 @@ def add_command(commands: Any) -> None:
 def _teacher_rollouts(arguments: argparse.Namespace) -> int:
     from megatron_sgopd.checks import check_inputs
     from megatron_sgopd.recipe import load_recipe
-    from megatron_sgopd.rollout.filling import fill
+    from megatron_sgopd.rollout.filling import Work, fill
     from megatron_sgopd.rollout.teacher_rollouts import teacher_worker
 
     index, shards = _shard(arguments.shard)
@@ -60,7 +60,8 @@ def _teacher_rollouts(arguments: argparse.Namespace) -> int:
     inputs = check_inputs(unbanked, recipe.train.row_tokens)
     mine = _wanted(recipe, inputs.train, arguments.all)[index - 1 :: shards]
     worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens)
-    fill(Path(folder), f"shards_{shards}-{index}", worker, worker.identity(inputs.train), mine)
+    name = f"shards_{shards}-{index}"
+    fill([Work(Path(folder), worker.identity(inputs.train), mine)], name, worker, Path(folder, f"{name}.log"))
     return 0
 
 

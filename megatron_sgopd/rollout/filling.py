@@ -83,58 +83,83 @@ def bank_identity(
     )
 
 
-def fill(folder: Path, name: str, worker: Worker, identity: BankIdentity, prompts: Sequence[Prompt]) -> None:
-    """Answer those of `prompts` that the bank in `folder` lacks, as its writer `name`.
+@dataclass(frozen=True)
+class Work:
+    """Problems to answer, and the bank that they are to be in."""
 
-    The ranks that torchrun or srun started work together. What libraries print goes to NAME.log in the folder.
+    folder: Path
+    identity: BankIdentity
+    prompts: Sequence[Prompt]
+
+
+def fill(works: Sequence[Work], name: str, worker: Worker, log: Path) -> None:
+    """Answer what the banks lack, as their writer `name`.
+
+    The ranks that torchrun or srun started work together.
+
+    Args:
+        log: receives what libraries print.
 
     Raises:
-        ConfigError: the bank is another one, or another process does the same.
+        ConfigError: a bank is another one, or another process does the same.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(libraries_write_to(folder / f"{name}.log"))
+        console = stack.enter_context(libraries_write_to(log))
         select(worker.platform)
         rank = stack.enter_context(joined_ranks())
-        writer = stack.enter_context(writing(folder, identity, name)) if rank == 0 else None
         say = console.print if rank == 0 else _nothing
-        bank = RolloutBank(folder)
-        missing = absent_problems(bank, prompts)
-        say(f"{len(prompts) - len(missing)} of {len(prompts)} problems are there already")
-        if missing:
-            for progress in _answered(worker, missing, writer):
-                say(progress)
-        bank.refresh()
-        say(f"{folder} has {bank.rollouts} rollouts of {len(bank)} problems; {bank.approved} were approved")
+        answering: _Answering | None = None
+        for work in works:
+            writer = stack.enter_context(writing(work.folder, work.identity, name)) if rank == 0 else None
+            bank = RolloutBank(work.folder)
+            missing = absent_problems(bank, work.prompts)
+            if len(missing) < len(work.prompts):
+                say(f"{len(work.prompts) - len(missing)} of {len(work.prompts)} problems are there already")
+            if missing:
+                answering = answering or stack.enter_context(_Answering(worker))
+                for progress in answering.progress(missing, writer):
+                    say(progress)
+            bank.refresh()
+            say(f"{work.folder} has {bank.rollouts} rollouts of {len(bank)} problems; {bank.approved} were approved")
 
 
 def _nothing(_: Any) -> None:
     """For ranks whose words would repeat the first one's."""
 
 
-def _answered(worker: Worker, prompts: Sequence[Prompt], writer: BankWriter | None) -> Iterator[str]:
-    """Generate, verify and write, with progress; a part is verified while the next one is generated."""
-    verification = Verification(worker.verify, worker.tokenizer)
-    engine = RolloutEngine(worker.model, worker.rollout, worker.context_tokens, worker.sampling.seed)
-    total, started, done, approved = len(prompts) * worker.sampling.samples, time.monotonic(), 0, 0
-    judging: tuple[Sequence[Trajectory], Callable[[], torch.Tensor]] | None = None
-    for part in [*itertools.batched(prompts, max(1, _PART_ROLLOUTS // worker.sampling.samples)), ()]:
-        trajectories = sample_problems(engine, part, worker.sampling) if part else []
-        if judging is not None:
-            judged, outcomes = judging
-            approved += int(outcomes().sum())
-            done += len(judged)
-            rollouts = judged_rollouts(judged, verification.all_checked())
-            if writer is not None:
-                writer.write(rollouts)
-            rate = done / (time.monotonic() - started)
-            yield (
-                f"{done} of {total} rollouts, {approved / done:.0%} approved, {rate:.0f} a second, "
-                f"left {timedelta(seconds=round((total - done) / rate))}"
-            )
-        judging = (trajectories, verification.start(trajectories))
-    verification.close()
-    engine.close()
+class _Answering(contextlib.AbstractContextManager["_Answering"]):
+    """A worker with its engine and its verifier processes."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._sampling = worker.sampling
+        self._verification = Verification(worker.verify, worker.tokenizer)
+        self._engine = RolloutEngine(worker.model, worker.rollout, worker.context_tokens, worker.sampling.seed)
+
+    def __exit__(self, *exception: object) -> None:
+        self._verification.close()
+        self._engine.close()
+
+    def progress(self, prompts: Sequence[Prompt], writer: BankWriter | None) -> Iterator[str]:
+        """Generate, verify and write, and say so; a part is verified while the next one is generated."""
+        samples = self._sampling.samples
+        total, started, done, approved = len(prompts) * samples, time.monotonic(), 0, 0
+        judging: tuple[Sequence[Trajectory], Callable[[], torch.Tensor]] | None = None
+        for part in [*itertools.batched(prompts, max(1, _PART_ROLLOUTS // samples)), ()]:
+            trajectories = sample_problems(self._engine, part, self._sampling) if part else []
+            if judging is not None:
+                judged, outcomes = judging
+                approved += int(outcomes().sum())
+                done += len(judged)
+                rollouts = judged_rollouts(judged, self._verification.all_checked())
+                if writer is not None:
+                    writer.write(rollouts)
+                rate = done / (time.monotonic() - started)
+                yield (
+                    f"{done} of {total} rollouts, {approved / done:.0%} approved, {rate:.0f} a second, "
+                    f"left {timedelta(seconds=round((total - done) / rate))}"
+                )
+            judging = (trajectories, self._verification.start(trajectories))
 
 
 def sample_problems(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Trajectory]:

@@ -24,6 +24,7 @@ from megatron_sgopd.errors import ConfigError
 
 REASONING_GYM = "reasoning_gym:"
 _EPOCH_END = ", "
+_WORKED = "\n#### "  # GSM8K's mark between a worked solution and its number
 _BATCH = 1000  # rows tokenized at a time; a tokenizer's output is many times larger than what is kept of it
 
 
@@ -119,6 +120,17 @@ def load_prompts(settings: PromptSettings, tokenizer: Any, exclude: Sequence[Pro
     return prompts
 
 
+def prompt_texts(settings: PromptSettings) -> Iterator[str]:
+    """The prompts of a source as they are written, without a chat template.
+
+    Raises:
+        ConfigError: as `load_prompts`.
+    """
+    for row in _read(settings):
+        messages = [{"content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        yield "\n".join(message["content"] for message in messages)
+
+
 @dataclass(frozen=True)
 class _Row:
     place: str
@@ -180,6 +192,8 @@ def _are_messages(messages: Any) -> bool:
 def _answer(row: _Row, settings: PromptSettings) -> str:
     """The reference answer; datasets often hold numbers as numbers."""
     answer, name = row.answer, settings.answer_field
+    if isinstance(answer, list) and len(answer) == 1:  # as OlympiadBench has them
+        [answer] = answer
     if answer is None or (isinstance(answer, float) and math.isnan(answer)) or not str(answer).strip():
         raise ConfigError(
             f"{row.place}: {name!r} is missing or empty ({_short(answer)}), but every prompt needs a reference "
@@ -188,7 +202,7 @@ def _answer(row: _Row, settings: PromptSettings) -> str:
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ConfigError(f"{row.place}: {name!r} must be text or a number, not {_short(answer)}: write it as text")
     _check_unicode(str(answer), row.place, name)
-    return str(answer)
+    return str(answer).rpartition(_WORKED)[2]
 
 
 def _check_unicode(text: str, place: str, name: str) -> None:

@@ -1,0 +1,32 @@
+"""Problems of an evaluation that training may have shown: those that share a run of words with a training prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+WORDS = 13
+"""Length of the runs; texts shorter than that are compared as a whole."""
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def overlapping(problems: Sequence[str], training: Iterable[str], words: int = WORDS) -> list[int]:
+    """Indices of `problems` of which a run of `words` words occurs in `training`, whatever case and spacing.
+
+    The runs of the problems are kept, not those of the training prompts, which may be many more and pass by once.
+    """
+    owners: dict[tuple[str, ...], set[int]] = {}
+    for index, problem in enumerate(problems):
+        for run in _runs(problem, words):
+            owners.setdefault(run, set()).add(index)
+    found: set[int] = set()
+    for prompt in training:
+        for run in _runs(prompt, words):
+            found |= owners.get(run, set())
+    return sorted(found)
+
+
+def _runs(text: str, words: int) -> Iterator[tuple[str, ...]]:
+    tokens = _WORD.findall(text.lower())
+    for start in range(max(1, len(tokens) - words + 1)):
+        yield tuple(tokens[start : start + words])
