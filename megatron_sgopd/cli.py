@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sgopd import __version__
 from megatron_sgopd.checkpoint.commands import add_commands
+from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.output import LOGS, SUMMARY
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     add_teacher_rollouts(commands)
     add_eval(commands)
+    add_compare(commands)
     add_commands(commands)
     return parser
 

@@ -166,15 +166,17 @@ class PromptSettings:
     """Where prompts and their reference answers come from."""
 
     source: str
-    """A .jsonl or .parquet file, a Hugging Face dataset folder, or reasoning_gym:TASK."""
+    """A .jsonl or .parquet file, a Hugging Face dataset folder, or reasoning_gym:TASK (TASK+TASK: in turn)."""
     prompt_field: str = "prompt"
     """Column with the prompt: text, or a list of chat messages."""
     answer_field: str = "answer"
     """Column with the reference answer."""
+    answer_form: Literal["plain", "worked", "list"] = "plain"
+    """How it stands there: by itself, after the #### of a worked solution (GSM8K), or as a list of one."""
     size: int = Field(default=10_000, ge=1)
     """Problems to generate (reasoning-gym only)."""
     task_settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the reasoning-gym task, such as min_terms."""
+    """Settings of the reasoning-gym task, such as min_terms; of several tasks, each one's under its name."""
     seed: int = 0
     """Seed of the generated problems (reasoning-gym only)."""
     split: str = "train"
@@ -215,8 +217,9 @@ class AlarmSettings:
 
     logprob_gap: float = Field(default=0.5, gt=0)
     """Largest mean |s - b| in nats between training and rollout log-probs."""
-    teacher_floor: float = Field(default=0.9, gt=0, le=1)
-    """Teacher log-probs whose mean is below -floor * ln(vocabulary) are those of a model without weights."""
+    teacher_floor: float = Field(default=0.9, gt=0)
+    """Teacher log-probs whose mean is below -floor * ln(vocabulary) are those of a model without weights. A student
+    that writes what the teacher never would needs more than 1."""
     truncated_steps: int = Field(default=3, ge=1)
     """Steps in a row in which every response is truncated."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
@@ -24,25 +25,29 @@ def benchmark_prompts(path: Path, chat_template: bool = True) -> PromptSettings:
     Raises:
         ConfigError: it cannot be read, or has no columns of the known names.
     """
-    columns = _columns(path)
-    prompt, answer = (next((name for name in names if name in columns), None) for names in (_PROMPTS, _ANSWERS))
+    row = _first_row(path)
+    prompt, answer = (next((name for name in names if name in row), None) for names in (_PROMPTS, _ANSWERS))
     if prompt is None or answer is None:
         raise ConfigError(
-            f"{path} has the columns {', '.join(columns) or 'none'}: one of {', '.join(_PROMPTS)} and one of "
+            f"{path} has the columns {', '.join(row) or 'none'}: one of {', '.join(_PROMPTS)} and one of "
             f"{', '.join(_ANSWERS)} are needed; rename them"
         )
-    return PromptSettings(source=str(path), prompt_field=prompt, answer_field=answer, chat_template=chat_template)
+    form: Literal["plain", "worked", "list"]
+    form = "list" if isinstance(row[answer], list) else "worked" if "\n####" in str(row[answer]) else "plain"
+    return PromptSettings(
+        source=str(path), prompt_field=prompt, answer_field=answer, answer_form=form, chat_template=chat_template
+    )
 
 
-def _columns(path: Path) -> list[str]:
+def _first_row(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
         if path.suffix == ".parquet":
-            return list(pq.read_schema(path).names)
+            batches = pq.ParquetFile(path).iter_batches(batch_size=1)
+            return next((row for batch in batches for row in batch.to_pylist()), {})
         with path.open(encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "{}")
-        row = json.loads(first)
+            row = json.loads(next((line for line in file if line.strip()), "{}"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as .jsonl or .parquet: {' '.join(str(error).split())}") from None
-    return list(row) if isinstance(row, dict) else []
+    return row if isinstance(row, dict) else {}

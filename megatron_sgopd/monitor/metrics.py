@@ -89,6 +89,7 @@ class Monitor:
             "problems": responses.problems,
             "samples": responses.samples,
             "scores": as_json(found),
+            "by_problem": responses.outcomes_PN.mean(axis=1).tolist(),
         }
         _append(self._folder / EVALUATIONS, line)
         self._console.print(

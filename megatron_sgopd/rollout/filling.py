@@ -109,7 +109,7 @@ def fill(works: Sequence[Work], name: str, worker: Worker, log: Path) -> None:
         select(worker.platform)
         rank = stack.enter_context(joined_ranks())
         say = console.print if rank == 0 else _nothing
-        answering: _Answering | None = None
+        answering: Answering | None = None
         for work in works:
             writer = stack.enter_context(writing(work.folder, work.identity, name)) if rank == 0 else None
             bank = RolloutBank(work.folder)
@@ -117,7 +117,7 @@ def fill(works: Sequence[Work], name: str, worker: Worker, log: Path) -> None:
             if len(missing) < len(work.prompts):
                 say(f"{len(work.prompts) - len(missing)} of {len(work.prompts)} problems are there already")
             if missing:
-                answering = answering or stack.enter_context(_Answering(worker))
+                answering = answering or stack.enter_context(Answering(worker))
                 for progress in answering.progress(missing, writer):
                     say(progress)
             bank.refresh()
@@ -128,17 +128,17 @@ def _nothing(_: Any) -> None:
     """For ranks whose words would repeat the first one's."""
 
 
-class _Answering(contextlib.AbstractContextManager["_Answering"]):
+class Answering(contextlib.AbstractContextManager["Answering"]):
     """A worker with its engine and its verifier processes."""
 
     def __init__(self, worker: Worker) -> None:
         self._sampling = worker.sampling
         self._verification = Verification(worker.verify, worker.tokenizer)
-        self._engine = RolloutEngine(worker.model, worker.rollout, worker.context_tokens, worker.sampling.seed)
+        self.engine = RolloutEngine(worker.model, worker.rollout, worker.context_tokens, worker.sampling.seed)
 
     def __exit__(self, *exception: object) -> None:
         self._verification.close()
-        self._engine.close()
+        self.engine.close()
 
     def progress(self, prompts: Sequence[Prompt], writer: BankWriter | None) -> Iterator[str]:
         """Generate, verify and write, and say so; a part is verified while the next one is generated."""
@@ -146,7 +146,7 @@ class _Answering(contextlib.AbstractContextManager["_Answering"]):
         total, started, done, approved = len(prompts) * samples, time.monotonic(), 0, 0
         judging: tuple[Sequence[Trajectory], Callable[[], torch.Tensor]] | None = None
         for part in [*itertools.batched(prompts, max(1, _PART_ROLLOUTS // samples)), ()]:
-            trajectories = sample_problems(self._engine, part, self._sampling) if part else []
+            trajectories = sample_problems(self.engine, part, self._sampling) if part else []
             if judging is not None:
                 judged, outcomes = judging
                 approved += int(outcomes().sum())

@@ -24,7 +24,6 @@ from megatron_sgopd.errors import ConfigError
 
 REASONING_GYM = "reasoning_gym:"
 _EPOCH_END = ", "
-_WORKED = "\n#### "  # GSM8K's mark between a worked solution and its number
 _BATCH = 1000  # rows tokenized at a time; a tokenizer's output is many times larger than what is kept of it
 
 
@@ -192,7 +191,7 @@ def _are_messages(messages: Any) -> bool:
 def _answer(row: _Row, settings: PromptSettings) -> str:
     """The reference answer; datasets often hold numbers as numbers."""
     answer, name = row.answer, settings.answer_field
-    if isinstance(answer, list) and len(answer) == 1:  # as OlympiadBench has them
+    if settings.answer_form == "list" and isinstance(answer, list) and len(answer) == 1:
         [answer] = answer
     if answer is None or (isinstance(answer, float) and math.isnan(answer)) or not str(answer).strip():
         raise ConfigError(
@@ -202,7 +201,7 @@ def _answer(row: _Row, settings: PromptSettings) -> str:
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ConfigError(f"{row.place}: {name!r} must be text or a number, not {_short(answer)}: write it as text")
     _check_unicode(str(answer), row.place, name)
-    return str(answer).rpartition(_WORKED)[2]
+    return str(answer).rpartition("####")[2].strip() if settings.answer_form == "worked" else str(answer)
 
 
 def _check_unicode(text: str, place: str, name: str) -> None:
@@ -224,7 +223,7 @@ def _short(value: Any) -> str:
 
 def _read(settings: PromptSettings) -> Iterator[_Row]:
     if settings.source.startswith(REASONING_GYM):
-        return _problems(settings, settings.source.removeprefix(REASONING_GYM))
+        return _mixed_problems(settings, settings.source.removeprefix(REASONING_GYM).split("+"))
     path = Path(settings.source)
     if path.is_dir():
         return _folder_rows(path, settings)
@@ -348,6 +347,36 @@ def _check_fields(fields: Iterable[str], place: str, settings: PromptSettings) -
                 f"{place} has no field {name!r}, it has {', '.join(names) or 'none'}: set {setting}"
                 + _did_you_mean(name, names)
             )
+
+
+def _mixed_problems(settings: PromptSettings, tasks: list[str]) -> Iterator[_Row]:
+    """Problems of one task, or of several in turn, each with settings of its own under its name."""
+    if len(tasks) == 1:
+        yield from _problems(settings, tasks[0])
+        return
+    for name, own in settings.task_settings.items():
+        if name not in tasks:
+            raise ConfigError(
+                f"task_settings.{name} is not of one of the tasks in {settings.source}" + _did_you_mean(name, tasks)
+            )
+        if not isinstance(own, dict):
+            raise ConfigError(f"task_settings.{name} must hold the settings of that task, not {_short(own)}")
+    if len(set(tasks)) < len(tasks) or settings.size < len(tasks):
+        raise ConfigError(f"{settings.source} must name different tasks, and size be at least their number")
+    streams = [
+        _problems(
+            dataclasses.replace(
+                settings,
+                source=REASONING_GYM + task,
+                size=len(range(index, settings.size, len(tasks))),
+                task_settings=settings.task_settings.get(task, {}),
+            ),
+            task,
+        )
+        for index, task in enumerate(tasks)
+    ]
+    for rows in itertools.zip_longest(*streams):
+        yield from (row for row in rows if row is not None)
 
 
 def _problems(settings: PromptSettings, task: str) -> Iterator[_Row]:

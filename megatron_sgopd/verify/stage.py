@@ -40,7 +40,9 @@ class Verification:
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         mine = list(range(rank, len(trajectories), world_size))
-        texts = self._tokenizer.batch_decode([list(trajectories[i].token_ids) for i in mine], skip_special_tokens=True)
+        token_ids = [list(trajectories[i].token_ids) for i in mine]
+        # For no sequence at all it would return one text.
+        texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True) if mine else []
         complete = [k for k, i in enumerate(mine) if not trajectories[i].truncated]
         pending = self._pool.submit([_request(trajectories[mine[k]], texts[k]) for k in complete])
 

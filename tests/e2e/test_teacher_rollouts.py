@@ -4,15 +4,17 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sgopd.objective.schedule import TeacherSchedule
-from megatron_sgopd.rollout.bank import RolloutBank
+from megatron_sgopd.rollout.bank import RolloutBank, StoredRollout
 
-from .conftest import Finished, start, succeed
+from .conftest import RECIPE, REPOSITORY, Finished, start, succeed
 from .test_run import wait_for_step
 
 STEPS, HOLD, END = 9, 3, 6
@@ -127,6 +129,15 @@ def test_mixture_gives_the_teacher_its_slots_and_counts_what_is_missing(tmp_path
         assert 0 <= line["ratio_clipped"] < 1
 
 
+def test_a_step_may_have_no_rollout_of_the_students_at_all(tmp_path: Path) -> None:
+    changes = {"train.steps": 2, "teacher_rollouts.mode": "mixture", "teacher_rollouts.weight": 1.0}
+    run = succeed(tmp_path, TAUGHT | changes | {"teacher_rollouts.samples": 12})  # at least four of them are approved
+    for line in run.metrics:
+        assert line["teacher_rollouts"] == 16 and line["teacher_shortfall"] == 0
+        assert line["tokens"] == 0 and line["pass_rate"] is None and line["loss"] is None
+        assert line["teacher_loss"] > 0 and line["grad_norm"] > 0
+
+
 def test_recorded_batches_hold_the_teachers_part(taught_run: Finished, tmp_path: Path) -> None:
     replayed = succeed(
         tmp_path,
@@ -136,3 +147,79 @@ def test_recorded_batches_hold_the_teachers_part(taught_run: Finished, tmp_path:
     for name in ("loss", "teacher_loss", "grad_norm", "teacher_weight", "teacher_tokens", "hidden_grad_norm_teacher"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
+
+
+# ---- Ahead of training ------------------------------------------------------------------------------------
+
+AHEAD = {"data.train.size": 400, "data.heldout": None, "rollout.cache_gib": 0.25}
+SAMPLES = 16
+
+
+def fill(folder: Path, *arguments: str, samples: int = SAMPLES) -> subprocess.Popen[str]:
+    settings = AHEAD | {"teacher_rollouts.samples": samples}
+    command = [sys.executable, "-m", "megatron_sgopd.cli", "teacher-rollouts", str(RECIPE), "--bank", str(folder)]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={json.dumps(value)}"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def bank_ahead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[StoredRollout]]]:
+    """A bank of which one of two workers was killed after its first part, and what was finished by then."""
+    folder = tmp_path_factory.mktemp("ahead") / "bank"
+    process = fill(folder, "--all", "--shard", "1/2")
+    assert process.stdout is not None
+    assert "2048 of 3200 rollouts" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGSTOP)  # or it would be done before another has started
+    refused = fill(folder, "--all", "--shard", "1/2")
+    _, errors = refused.communicate(timeout=120)
+    assert refused.returncode == 2 and "another process writes as shards_2-1" in errors
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    bank = RolloutBank(folder)
+    finished = {problem: bank.of(problem) for problem in bank._places}
+    for shard in ("1/2", "2/2"):
+        output, errors = (worker := fill(folder, "--all", "--shard", shard)).communicate(timeout=240)
+        assert worker.returncode == 0, errors
+        assert ("128 of 200 problems are there already" in output) == (shard == "1/2")
+    return folder, finished
+
+
+def test_killing_a_worker_loses_no_finished_problem_and_doubles_none(
+    bank_ahead: tuple[Path, dict[str, list[StoredRollout]]],
+) -> None:
+    folder, finished = bank_ahead
+    assert len(finished) == 128
+    bank = RolloutBank(folder)
+    assert len(bank) == 400 and bank.rollouts == 400 * SAMPLES
+    for problem, rollouts in finished.items():
+        assert bank.of(problem) == rollouts
+    differing = 0
+    for number in range(400):
+        rollouts = bank.of(f"problem {number}")
+        assert [rollout.sample for rollout in rollouts] == list(range(SAMPLES))
+        differing += len({rollout.token_ids for rollout in rollouts}) > 1
+    assert differing > 100, "samples have seeds of their own"
+
+
+def test_training_from_a_bank_builds_no_teacher_engine(
+    bank_ahead: tuple[Path, dict[str, list[StoredRollout]]], tmp_path: Path
+) -> None:
+    changes = TAUGHT | AHEAD | {"train.steps": 2, "teacher_rollouts.samples": SAMPLES}
+    run = succeed(tmp_path, changes | {"teacher_rollouts.bank": str(bank_ahead[0]), "rollout.cache_gib": 0.1})
+    assert "teacher engine" not in run.output and not (tmp_path / "teacher_bank").exists()
+    bank = RolloutBank(bank_ahead[0])
+    for step, line in enumerate(run.metrics):
+        recorded = run.recorded_text(step)
+        approved = [r for p in recorded["prompts"] for r in bank.of(p["id"].split(", ")[1]) if r.outcome]
+        assert line["teacher_rollouts"] == len(approved) > 0
+        found = sorted(tuple(t["token_ids"]) for t in recorded["trajectories"] if t["from_teacher"])
+        assert found == sorted(rollout.token_ids for rollout in approved)

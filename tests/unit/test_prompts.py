@@ -12,7 +12,7 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet  # type: ignore[import-untyped]
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -461,3 +461,30 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
     settings = write_lines(tmp_path / "p.jsonl", *ROWS)
     (tmp_path / "p.jsonl").chmod(0)
     assert "cannot be read (Permission denied): change its permissions" in refusal(settings)
+
+
+MIXED = {"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {"min_numbers": 2, "max_numbers": 2}}
+
+
+def test_several_tasks_take_turns_each_by_its_own_settings_and_scorer() -> None:
+    mixed = load(PromptSettings("reasoning_gym:chain_sum+gcd", size=5, seed=7, task_settings=MIXED))
+    assert [prompt.task for prompt in mixed] == ["chain_sum", "gcd", "chain_sum", "gcd", "chain_sum"]
+    for task, size in (("chain_sum", 3), ("gcd", 2)):
+        alone = load(PromptSettings(f"reasoning_gym:{task}", size=size, seed=7, task_settings=MIXED[task]))
+        assert [p.text for p in mixed if p.task == task] == [p.text for p in alone]
+    assert [prompt.id for prompt in mixed] == [f"problem {i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("chain_sum+gcd", {"gdc": {}}, "task_settings.gdc is not of one of the tasks .*did you mean gcd"),
+        ("chain_sum+gcd", {"gcd": 3}, "task_settings.gcd must hold the settings of that task, not 3"),
+        ("chain_sum+chain_sum", {}, "must name different tasks"),
+        ("chain_sum+nothing", {}, "reasoning-gym has no task 'nothing'"),
+        ("chain_sum+gcd", {"gcd": {"min_number": 2}}, "gcd has no setting 'min_number'"),
+    ],
+)
+def test_bad_mixtures(source: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(PromptSettings(f"reasoning_gym:{source}", size=8, task_settings=settings))

@@ -1,0 +1,1 @@
+"""Methods side by side: the same prompts and seeds, a table with intervals."""

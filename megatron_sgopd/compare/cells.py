@@ -1,0 +1,253 @@
+"""Running the cells of a comparison, each a training run of its own, and collecting what they say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.compare.table import Cell, Variant, results_table, sweep_table, verdict
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY
+from megatron_sgopd.processes import die_with_parent
+from megatron_sgopd.recipe import check_recipe, load_recipe
+
+FIRST_SEED, FIRST_SWEEP_SEED = 1, 1001
+"""Of the runs that are reported, and of those that only choose a learning rate."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do: a cell of the table, or of the sweep."""
+
+    variant: str
+    settings: tuple[str, ...]
+    """As of --set."""
+    learning_rate: float | None
+    """None: the recipe's."""
+    seed: int
+    folder: Path
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Run the command; 1 if a cell failed. Raises ConfigError at bad input, before the first cell."""
+    variants = _variants(arguments)
+    baseline = arguments.baseline or ("opd" if "opd" in variants else next(iter(variants)))
+    if baseline not in variants:
+        raise ConfigError(f"--baseline {baseline!r} is not among the variants: {', '.join(variants)}")
+    grid = _grid(arguments.learning_rates)
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    if recipe.data.heldout is None:
+        raise ConfigError(f"{arguments.recipe} has no data.heldout: without it nothing can be compared")
+    for settings in variants.values():
+        check_recipe(load_recipe(arguments.recipe, [*arguments.set, *settings, f"run_dir={arguments.out}/check"]))
+    runner = _Runner(arguments)
+    rates: dict[str, dict[float, list[float]]] = {}
+    if grid:
+        rates = _sweep(runner, variants, grid, arguments)
+    chosen = {name: _best(found) for name, found in rates.items()}
+    jobs = [
+        runner.job(name, settings, chosen.get(name), FIRST_SEED + offset, "cells")
+        for offset in range(arguments.seeds)
+        for name, settings in variants.items()
+    ]
+    cells = runner.run(jobs)
+    found = [
+        Variant(
+            name,
+            chosen.get(name) or recipe.train.learning_rate,
+            tuple(cell for job, cell in zip(jobs, cells, strict=True) if job.variant == name and cell is not None),
+            sum(job.variant == name and cell is None for job, cell in zip(jobs, cells, strict=True)),
+        )
+        for name in variants
+    ]
+    if not next(variant for variant in found if variant.name == baseline).cells:
+        print(f"megatron-sgopd: every run of the baseline {baseline} failed: see {arguments.out}", file=sys.stderr)
+        return 1
+    text = _results(arguments, found, rates, baseline)
+    results = arguments.results or arguments.out / "RESULTS.md"
+    write_atomically(results, text.encode())
+    print(text)
+    print(f"compare: written to {results}")
+    return 1 if any(cell is None for cell in cells) else 0
+
+
+def _variants(arguments: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """Settings by name."""
+    variants: dict[str, tuple[str, ...]] = {
+        name: (f"sgopd.method={name}",) for name in arguments.methods.split(",") if name
+    }
+    for text in arguments.variant:
+        name, separator, settings = text.partition(":")
+        if not (name and separator):
+            raise ConfigError(f"--variant {text!r} is not of the form NAME:SET[,SET]")
+        variants[name] = tuple(setting for setting in settings.split(",") if setting)
+    if len(variants) < 2:
+        raise ConfigError("a comparison needs at least two variants: give --methods NAME,NAME or --variant")
+    return variants
+
+
+def _grid(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",") if word]
+    except ValueError:
+        raise ConfigError(f"--learning-rates {text!r} is not of the form 1e-4,3e-4") from None
+
+
+def _sweep(
+    runner: _Runner, variants: dict[str, tuple[str, ...]], grid: Sequence[float], arguments: argparse.Namespace
+) -> dict[str, dict[float, list[float]]]:
+    """Pass rates of each variant at each learning rate."""
+    jobs = [
+        runner.job(name, settings, rate, FIRST_SWEEP_SEED + offset, "sweep")
+        for offset in range(arguments.sweep_seeds)
+        for rate in grid
+        for name, settings in variants.items()
+    ]
+    rates: dict[str, dict[float, list[float]]] = {name: {rate: [] for rate in grid} for name in variants}
+    for job, cell in zip(jobs, runner.run(jobs), strict=True):
+        if cell is not None and job.learning_rate is not None:
+            rates[job.variant][job.learning_rate].append(cell.pass_rate)
+    return rates
+
+
+def _best(found: dict[float, list[float]]) -> float | None:
+    """The learning rate with the highest mean; one at which a run failed is not taken while another has all."""
+    most = max(len(rates) for rates in found.values())
+    if most == 0:
+        return None
+    return max((rate for rate, rates in found.items() if len(rates) == most), key=lambda rate: np.mean(found[rate]))
+
+
+class _Runner:
+    """Runs jobs, some at a time, and says how far they are."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._recipe, self._overrides = arguments.recipe, arguments.set
+        self._jobs, self._out = arguments.jobs, arguments.out
+        self._lock = threading.Lock()
+
+    def job(self, variant: str, settings: tuple[str, ...], rate: float | None, seed: int, kind: str) -> Job:
+        """A job in its folder."""
+        parts = [kind, variant, *([] if kind == "cells" else [f"lr_{rate:g}"]), f"seed_{seed}"]
+        return Job(variant, settings, rate, seed, self._out.joinpath(*parts))
+
+    def run(self, jobs: Sequence[Job]) -> list[Cell | None]:
+        """Run those that are not finished; None stands for one that failed."""
+        started, done = time.monotonic(), 0
+        todo = sum(_finished(job) is None for job in jobs)
+        if todo < len(jobs):
+            print(f"compare: {len(jobs) - todo} of {len(jobs)} runs are finished already", flush=True)
+
+        def one(job: Job) -> Cell | None:
+            nonlocal done
+            cell = _finished(job)
+            if cell is not None:
+                return cell
+            code = self._train(job)
+            cell = _finished(job)
+            with self._lock:
+                done += 1
+                left = timedelta(seconds=round((time.monotonic() - started) / done * (todo - done)))
+                said = f"pass rate {cell.pass_rate:.1%}, {cell.seconds:.0f} s" if cell else f"FAILED, code {code}"
+                print(f"compare: {done}/{todo} {job.folder.relative_to(self._out)}: {said}, left {left}", flush=True)
+            return cell
+
+        with ThreadPoolExecutor(self._jobs) as pool:
+            return list(pool.map(one, jobs))
+
+    def _train(self, job: Job) -> int:
+        settings = [*self._overrides, *job.settings, f"train.seed={job.seed}", f"run_dir={job.folder}"]
+        if job.learning_rate is not None:
+            settings.append(f"train.learning_rate={job.learning_rate!r}")
+        command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(self._recipe)]
+        for setting in settings:
+            command += ["--set", setting]
+        job.folder.mkdir(parents=True, exist_ok=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
+        with (job.folder / "compare.log").open("a") as log:
+            return subprocess.run(
+                command,
+                stdout=log,
+                stderr=log,
+                check=False,
+                preexec_fn=die_with_parent,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            ).returncode
+
+
+def _finished(job: Job) -> Cell | None:
+    """What a run says; None if it has not ended."""
+    if not (job.folder / SUMMARY).is_file():
+        return None
+    summary = json.loads((job.folder / SUMMARY).read_text())
+    evaluations = [json.loads(line) for line in (job.folder / EVALUATIONS).read_text().splitlines()]
+    steps = [json.loads(line) for line in (job.folder / METRICS).read_text().splitlines()]
+    [after] = [line for line in evaluations if line["name"] == "after"]
+    return Cell(job.seed, tuple(after["by_problem"]), summary["seconds"], sum(step["tokens"] for step in steps))
+
+
+def _results(
+    arguments: argparse.Namespace,
+    variants: Sequence[Variant],
+    rates: dict[str, dict[float, list[float]]],
+    baseline: str,
+) -> str:
+    """RESULTS.md."""
+    problems = len(next(cell.by_problem for variant in variants for cell in variant.cells))
+    lines = [
+        f"# {arguments.recipe}: variants side by side",
+        "",
+        "```bash",
+        _command(arguments),
+        "```",
+        "",
+        f"Held-out pass rate after training, over {problems} problems, with its 95 % interval over seeds and problems; "
+        "differences are paired by seed and problem. A few seeds make the intervals somewhat too narrow. Seconds are "
+        f"those of {arguments.jobs} run(s) at a time on {os.cpu_count()} CPU cores.",
+        "",
+        *results_table(variants, baseline),
+        "",
+        verdict(variants, baseline),
+    ]
+    if rates:
+        lines += [
+            "",
+            f"Each variant's learning rate is the one that did best in the same sweep, on {arguments.sweep_seeds} "
+            "seeds that are not among those above:",
+            "",
+            *sweep_table(rates),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What makes the table again."""
+    words = ["megatron-sgopd", "compare", str(arguments.recipe)]
+    for flag, value in (
+        ("--methods", arguments.methods),
+        ("--baseline", arguments.baseline),
+        ("--seeds", arguments.seeds),
+        ("--learning-rates", arguments.learning_rates),
+        ("--sweep-seeds", arguments.sweep_seeds if arguments.learning_rates else None),
+        ("--jobs", arguments.jobs),
+        ("--out", arguments.out),
+    ):
+        words += [flag, str(value)] if value else []
+    for flag, values in (("--variant", arguments.variant), ("--set", arguments.set)):
+        for value in values:
+            words += [flag, value]
+    return shlex.join(words)
