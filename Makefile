@@ -1,4 +1,4 @@
-.PHONY: demo test test-checkpoints lint setup models
+.PHONY: demo test test-checkpoints lint setup models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -12,8 +12,18 @@ test-checkpoints: setup  ## conversion only; part of `make test`
 lint: setup  ## style and types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
-models: setup  ## train the example's teacher and student again
+compare: setup  ## methods side by side, and with and without teacher rollouts; hours, goes on when started again
+	.venv/bin/megatron-sgopd compare examples/arithmetic_cpu/compare.yaml --methods sgopd,sgopd_scaled,opd,exopd,opdvr,grpo \
+		--seeds 5 --learning-rates 2e-4,4e-4,8e-4 --sweep-seeds 1 --jobs 2 \
+		--out runs/compare/arithmetic_cpu --results examples/arithmetic_cpu/RESULTS.md
+	.venv/bin/megatron-sgopd compare examples/cold_start_cpu/recipe.yaml --variant with: \
+		--variant without:teacher_rollouts.weight=0 --baseline without \
+		--seeds 5 --learning-rates 2e-4,4e-4,8e-4 --sweep-seeds 1 --jobs 2 \
+		--out runs/compare/cold_start_cpu --results examples/cold_start_cpu/RESULTS.md
+
+models: setup  ## train the examples' teachers and students again
 	.venv/bin/python tools/make_arithmetic_models.py
+	.venv/bin/python tools/make_cold_start_models.py
 
 setup:  ## .venv with everything pinned; does nothing if it is current
 	@tools/setup.sh
