@@ -14,6 +14,7 @@ from megatron_sgopd.config import PromptSettings, Recipe, Settings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.imports import import_function
 from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.models.provider import padded_vocab_size
 from megatron_sgopd.objective.methods import Method, method_from_settings
 from megatron_sgopd.rollout.bank import BankIdentity, RolloutBank, check_identity
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
@@ -183,6 +184,29 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"the tokenizer in {path} cannot be read: {error}") from None
 
 
+def check_full_estimator(
+    settings: Settings, student: Architecture, teacher: Architecture, tensor: int, pipeline: int
+) -> None:
+    """Check that both models' output layers are split alike, so that their logits can be compared where they are.
+
+    Raises:
+        ConfigError: naming the setting that does not fit.
+    """
+    theirs = settings.teacher.tensor_parallel or tensor, settings.teacher.pipeline_parallel or pipeline
+    if theirs != (tensor, pipeline) or settings.teacher.offload:
+        raise ConfigError(
+            f"sgopd.estimator=full needs the teacher's output layer beside the student's, but the teacher is laid out "
+            f"{theirs[0]} x {theirs[1]}, the student {tensor} x {pipeline}, and teacher.offload is "
+            f"{settings.teacher.offload}: leave out the settings of the teacher's layout, or take estimator sampled"
+        )
+    rows = [padded_vocab_size(architecture, tensor) for architecture in (student, teacher)]
+    if rows[0] != rows[1]:
+        raise ConfigError(
+            f"sgopd.estimator=full needs output layers of one size, but the student has {rows[0]} rows and the teacher "
+            f"{rows[1]}: take estimator sampled"
+        )
+
+
 def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -> None:
     """Ranks, heads, layers and batches divide as the layout needs.
 
@@ -195,6 +219,8 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
     teacher_pipeline = recipe.teacher.pipeline_parallel or parallel.pipeline
     teacher.check_parallel(teacher_tensor, teacher_pipeline)
     student.check_parallel(rollout.tensor_parallel, 1)
+    if recipe.sgopd.estimator == "full":
+        check_full_estimator(recipe, student, teacher, parallel.tensor, parallel.pipeline)
     for name, size in (
         ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
         ("teacher.tensor_parallel x teacher.pipeline_parallel", teacher_tensor * teacher_pipeline),

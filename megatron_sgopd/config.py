@@ -99,6 +99,10 @@ class SgopdSettings:
     """Optimizer steps on each batch of rollouts; from the second on by clipped importance ratios, as PPO does."""
     ratio_clip: float | None = Field(default=None, gt=0, lt=1)
     """epsilon: an update that would take a token's probability further than 1 +- epsilon times is left out (0.2)."""
+    estimator: Literal["sampled", "full"] | None = None
+    """full: the reverse KL to the teacher over the whole vocabulary in place of the sampled token's estimate of it.
+    Less noise, for the work of a second output layer and a teacher laid out as the student. The gate still reads the
+    sampled token."""
     objective: str | None = None
     """import.path:function that makes A_t in place of the preset's formula; see objective/loss.py."""
     trajectory_margin: float | None = None

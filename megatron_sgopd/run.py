@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sgopd.checks import Inputs, check_inputs
+from megatron_sgopd.checks import Inputs, check_full_estimator, check_inputs
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.heldout import respond
@@ -74,6 +74,7 @@ class Run:
             self.method,
             self.settings.rollout.temperature,
             self.settings.sgopd.logprob_chunk_tokens,
+            self.teacher if self.method.estimator == "full" else None,
         )
         return batch, policy
 
@@ -174,7 +175,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         optimizer.reload_model_params()
     method, rollout = inputs.method, settings.rollout
 
-    def scorer(architecture: Any, tensor: int, pipeline: int) -> Scorer:
+    def scorer(architecture: Any, tensor: int, pipeline: int, keeps_hidden: bool = False) -> Scorer:
         return Scorer(
             architecture,
             student.model.config,
@@ -183,11 +184,15 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
             settings.teacher.offload,
             args.micro_batch_size,
             settings.sgopd.logprob_chunk_tokens,
+            keeps_hidden,
         )
 
     tensor, pipeline = groups.tp.size(), groups.pp.size()
     teacher_tensor = settings.teacher.tensor_parallel or tensor
     teacher_pipeline = settings.teacher.pipeline_parallel or pipeline
+    full = method.estimator == "full"
+    if full:
+        check_full_estimator(settings, inputs.student, inputs.teacher, tensor, pipeline)
     monitor = Monitor(settings, args.iteration, args.train_iters)
     verification = Verification(settings.verify, inputs.tokenizer)
     if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:
@@ -196,7 +201,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         settings,
         method,
         student,
-        scorer(inputs.teacher, teacher_tensor, teacher_pipeline) if method.teacher else None,
+        scorer(inputs.teacher, teacher_tensor, teacher_pipeline, full) if method.teacher else None,
         scorer(inputs.student, tensor, pipeline) if method.needs_reference else None,
         None if settings.logging.replay else RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed),
         None,

@@ -134,8 +134,10 @@ def packed(run: Run, batch: Batch) -> Batch:
 
 def score_teacher(run: Run, batch: Batch) -> Batch:
     """q_t, one forward of the teacher."""
-    if run.teacher is None or batch.teacher_logprobs_T is not None:
+    if run.teacher is None:
         return batch
+    if batch.teacher_logprobs_T is not None and run.method.estimator == "sampled":
+        return batch  # recorded; `full` needs more of the teacher than was
     assert batch.rows is not None
     with run.clock("teacher"):
         logprobs_T = run.teacher.score(batch.rows, run.settings.rollout.temperature)

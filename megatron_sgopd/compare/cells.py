@@ -227,7 +227,7 @@ def _results(
         lines += [
             "",
             f"Each variant's learning rate is the one that did best in the same sweep, on {arguments.sweep_seeds} "
-            "seeds that are not among those above:",
+            "seed(s) that are not among those above:",
             "",
             *sweep_table(rates),
         ]

@@ -94,6 +94,46 @@ def fused_policy_loss(
     return _FusedPolicyLoss.apply(hidden_TH, weight_VH, targets_T, head, coefficients, with_entropy)
 
 
+@dataclass(frozen=True)
+class TeacherHead:
+    """The teacher's side of `fused_full_loss`, with the vocabulary split over the ranks as the student's is."""
+
+    hidden_TH: torch.Tensor
+    """[T, the teacher's hidden size], at the same tokens as the student's."""
+    head: OutputHead
+    logprobs_T: torch.Tensor
+    """q_t of the targets at the same temperature, float32 or float64."""
+
+
+FullCoefficients = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+def fused_full_loss(
+    hidden_TH: torch.Tensor,
+    head: OutputHead,
+    targets_T: torch.Tensor,
+    teacher: TeacherHead,
+    coefficients: FullCoefficients,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss = sum_t (sg[f_t] KL_t - sg[c_t] s_t), with the reverse KL over the whole vocabulary
+
+        KL_t = sum_v p(v) l(v)    l = log p - log p_T    dKL_t/dz_v = p(v) (l(v) - KL_t)
+
+    in place of the one token that was sampled, which estimates it without bias but with a variance. Gradients are
+    made in the forward pass, as in `fused_policy_loss`. Two buffers of logits of half the tokens each take the place
+    of one.
+
+    Args:
+        hidden_TH, head, targets_T: as in `target_logprobs`.
+        coefficients: maps s_t of a chunk, detached, and its slice of [0, T) to its f_t and c_t; pure.
+
+    Returns:
+        The loss, a scalar; s_t and KL_t, [T] each, without gradient. The entropy would take another matmul.
+    """
+    hidden_TH, weight_VH = _recorded(hidden_TH, head)
+    return _FusedFullLoss.apply(hidden_TH, weight_VH, targets_T, head, teacher, coefficients)
+
+
 def _recorded(hidden_TH: torch.Tensor, head: OutputHead) -> tuple[torch.Tensor, torch.Tensor]:
     # needs_input_grad, by which the functions below decide what to make, is blind to no_grad.
     if torch.is_grad_enabled():
@@ -105,8 +145,14 @@ class _Shard:
     """The arithmetic on this rank's rows: operands of matmuls in `dtype`, everything else in `sum_dtype`."""
 
     def __init__(
-        self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor, head: OutputHead
+        self,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        head: OutputHead,
+        buffers: int = 1,
     ) -> None:
+        """`buffers` of logits share the memory that a chunk may take."""
         self.sum_dtype = torch.float64 if weight_VH.dtype is torch.float64 else torch.float32
         # Only CUDA multiplies bfloat16 into float32: elsewhere, and for float16 (it overflows), operands are widened.
         native = weight_VH.is_cuda and weight_VH.dtype is torch.bfloat16
@@ -122,7 +168,7 @@ class _Shard:
         self.owned_T = (local_T >= 0) & (local_T < rows)
         self.index_T = torch.where(self.owned_T, local_T, 0)
         self.known_T = (targets_T >= 0) & (targets_T < head.vocab_size)
-        tiles = max(1, _CHUNK_LOGITS // rows // _TILE_TOKENS)
+        tiles = max(1, _CHUNK_LOGITS // rows // _TILE_TOKENS // buffers)
         self.chunk_tokens = head.chunk_tokens or tiles * _TILE_TOKENS
 
     def chunks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -295,3 +341,115 @@ class _FusedPolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         hidden_grad_TH, weight_grad_VH = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
         return hidden_grad_TH, weight_grad_VH, None, None, None, None
+
+
+class _FusedFullLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        head: OutputHead,
+        teacher: TeacherHead,
+        coefficients: FullCoefficients,
+    ) -> tuple[torch.Tensor, ...]:
+        ours = _Shard(hidden_TH, weight_VH, targets_T, head, buffers=2)
+        theirs = _Shard(teacher.hidden_TH, teacher.head.weight_VH, targets_T, teacher.head, buffers=2)
+        scores = _full_pass(ours, theirs, teacher.logprobs_T, coefficients, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(
+            scores.hidden_grad_TH.to(hidden_TH.dtype) if ctx.needs_input_grad[0] else None,
+            scores.weight_grad_VH.to(weight_VH.dtype) if ctx.needs_input_grad[1] else None,
+        )
+        ctx.mark_non_differentiable(scores.logprobs_T, scores.kl_T)
+        return scores.loss, scores.logprobs_T, scores.kl_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad_TH, weight_grad_VH = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
+        return hidden_grad_TH, weight_grad_VH, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _FullScores:
+    """What a pass over both models' chunks leaves; a gradient that was not asked for is empty."""
+
+    loss: torch.Tensor
+    logprobs_T: torch.Tensor
+    kl_T: torch.Tensor
+    hidden_grad_TH: torch.Tensor
+    weight_grad_VH: torch.Tensor
+
+
+def _full_pass(
+    ours: _Shard,
+    theirs: _Shard,
+    teacher_logprobs_T: torch.Tensor,
+    coefficients: FullCoefficients,
+    with_hidden_grad: bool,
+    with_weight_grad: bool,
+) -> _FullScores:
+    tokens, hidden_size = ours.hidden_TH.shape
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return ours.hidden_TH.new_zeros(shape, dtype=ours.sum_dtype)
+
+    scores = _FullScores(
+        loss=zeros(),
+        logprobs_T=zeros(tokens),
+        kl_T=zeros(tokens),
+        hidden_grad_TH=zeros(tokens if with_hidden_grad else 0, hidden_size),
+        weight_grad_VH=zeros(len(ours.weight_VH) if with_weight_grad else 0, hidden_size),
+    )
+    both = zip(ours.chunks(), theirs.chunks(), strict=True)
+    for (span, hidden_CH, student_CV), (_, _, teacher_CV) in both:
+        probabilities_CV, log_ratio_CV, logprobs_C = _compared(
+            ours, theirs, span, student_CV, teacher_CV, teacher_logprobs_T[span]
+        )
+        kl_C = ours.reduce(torch.bmm(probabilities_CV[:, None], log_ratio_CV[:, :, None])[:, 0, 0])
+        scores.logprobs_T[span], scores.kl_T[span] = logprobs_C, kl_C
+        full_C, sampled_C = coefficients(logprobs_C, span)
+        scores.loss.add_(torch.dot(full_C, kl_C) - torch.dot(sampled_C, torch.where(sampled_C != 0, logprobs_C, 0)))
+        if not (with_hidden_grad or with_weight_grad):
+            continue
+        # f p (l - KL) + c (p - onehot), in the place of l.
+        grad_CV = log_ratio_CV.sub_(kl_C[:, None]).mul_(full_C[:, None]).add_(sampled_C[:, None]).mul_(probabilities_CV)
+        onehot_C = torch.where(ours.owned_T[span], sampled_C, 0)
+        grad_CV = grad_CV.scatter_add_(1, ours.index_T[span, None], -onehot_C[:, None]).to(ours.dtype)
+        if with_hidden_grad:
+            _matmul(grad_CV, ours.weight_VH, scores.hidden_grad_TH[span]).mul_(ours.inverse_temperature)
+        if with_weight_grad:
+            ours.add_weight_grad(scores.weight_grad_VH, grad_CV, hidden_CH, torch.ones_like(kl_C))
+    ours.reduce(scores.hidden_grad_TH)
+    return scores
+
+
+def _compared(
+    ours: _Shard,
+    theirs: _Shard,
+    span: slice,
+    student_CV: torch.Tensor,
+    teacher_CV: torch.Tensor,
+    teacher_logprobs_C: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """p and l = log p - log p_T over this rank's rows, in the places of both models' logits, and s_t.
+
+    q_t of the target, which is known, gives the teacher's normalization without a sum over its vocabulary.
+    """
+
+    def at_target(logits_CV: torch.Tensor) -> torch.Tensor:
+        return torch.where(ours.owned_T[span], logits_CV.gather(1, ours.index_T[span, None])[:, 0], 0)
+
+    z_CV, u_CV = student_CV.mul_(ours.inverse_temperature), teacher_CV.mul_(theirs.inverse_temperature)
+    z_C, u_C = at_target(z_CV), at_target(u_CV)
+    log_ratio_CV = u_CV.neg_().add_(z_CV)
+    log_ratio_CV[:, ours.valid_rows :] = 0  # padding: -inf minus -inf
+    max_C = ours.reduce(z_CV.amax(-1), dist.ReduceOp.MAX)
+    probabilities_CV = z_CV.sub_(max_C[:, None]).exp_()
+    sums_C, z_C, u_C = ours.reduce(torch.stack([probabilities_CV.sum(-1), z_C, u_C]))
+    probabilities_CV.div_(sums_C[:, None])
+    log_sums_C = max_C + sums_C.log()
+    log_ratio_CV.add_((u_C - teacher_logprobs_C.to(u_C.dtype) - log_sums_C)[:, None])
+    logprobs_C = torch.where(ours.known_T[span], z_C - log_sums_C, -torch.inf)
+    return probabilities_CV, log_ratio_CV, logprobs_C

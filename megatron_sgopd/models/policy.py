@@ -13,9 +13,16 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.models.architecture import Architecture
-from megatron_sgopd.models.logprobs import fused_policy_loss, target_logprobs
+from megatron_sgopd.models.logprobs import (
+    OutputHead,
+    TeacherHead,
+    fused_full_loss,
+    fused_policy_loss,
+    target_logprobs,
+)
 from megatron_sgopd.models.microbatch import Microbatch, forward, output_head, response_hidden
-from megatron_sgopd.objective.loss import TokenSignals, coefficients, policy_loss, token_update
+from megatron_sgopd.models.scorer import Scorer
+from megatron_sgopd.objective.loss import TokenSignals, coefficients, full_coefficients, policy_loss, token_update
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.objective.metrics import Sums, add_sums, metric_sums, metrics_from_sums
 from megatron_sgopd.platform import current
@@ -42,11 +49,13 @@ class PolicyStep:
         method: Method,
         temperature: float,
         chunk_tokens: int,
+        teacher: Scorer | None = None,
     ) -> None:
         """All tensors cover all response tokens of the step, in the order of the packed rows.
 
         Args:
             counted_T: bool, the tokens that the loss is a mean over.
+            teacher: where the method's estimator is `full`; has scored these rows and keeps its hidden states.
         """
         self._student = student
         self._signals = signals
@@ -55,6 +64,7 @@ class PolicyStep:
         self._method = method
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
+        self._teacher = teacher
         self._parts: list[Sums] = []
         self._student_logprobs: list[tuple[slice, torch.Tensor]] = []
         self._grad_squares: list[torch.Tensor] = []
@@ -70,6 +80,7 @@ class PolicyStep:
             self._method,
             self._temperature,
             self._chunk_tokens,
+            self._teacher,
         )
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -104,7 +115,10 @@ class PolicyStep:
         signals = self._signals[context.span].to(hidden_TH.device)
         if signals.imitation_T is not None and groups.tp.rank() == 0:
             hidden_TH.register_hook(lambda grad_TH: self._collect_grad(grad_TH, signals))
-        if self._method.needs_whole_responses:
+        entropy_T, full_kl_T = None, None
+        if self._method.estimator == "full":
+            loss, logprobs_T, full_kl_T = self._full_loss(hidden_TH, head, context, signals)
+        elif self._method.needs_whole_responses:
             logprobs_T, entropy_T = target_logprobs(hidden_TH, head, context.targets_T, with_entropy=True)
             loss = policy_loss(logprobs_T, signals, self._method, normalizer=1.0)
         else:
@@ -115,8 +129,21 @@ class PolicyStep:
                 lambda logprobs_C, chunk: coefficients(logprobs_C, signals[chunk], self._method, normalizer=1.0),
                 with_entropy=True,
             )
-        self._collect(logprobs_T.detach(), entropy_T, signals, context)
+        self._collect(logprobs_T.detach(), entropy_T, full_kl_T, signals, context)
         return loss
+
+    def _full_loss(
+        self, hidden_TH: torch.Tensor, head: OutputHead, batch: Microbatch, signals: TokenSignals
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert self._teacher is not None and signals.teacher_logprobs_T is not None
+        teacher = TeacherHead(*self._teacher.head(batch.span), signals.teacher_logprobs_T)
+        return fused_full_loss(
+            hidden_TH,
+            head,
+            batch.targets_T,
+            teacher,
+            lambda logprobs_C, chunk: full_coefficients(logprobs_C, signals[chunk], self._method),
+        )
 
     def _collect_grad(self, grad_TH: torch.Tensor, signals: TokenSignals) -> None:
         assert signals.imitation_T is not None
@@ -124,20 +151,28 @@ class PolicyStep:
         sources = (signals.mask_T, signals.imitation_T > 0)
         self._grad_squares.append(torch.stack([squares_T[source_T].sum() for source_T in sources]).double())
 
-    def _collect(self, logprobs_T: torch.Tensor, entropy_T: Any, signals: TokenSignals, batch: Microbatch) -> None:
+    def _collect(
+        self, logprobs_T: torch.Tensor, entropy_T: Any, full_kl_T: Any, signals: TokenSignals, batch: Microbatch
+    ) -> None:
         # On the device: taking them to the host here would make every microbatch wait for it.
         self._student_logprobs.append((batch.span, logprobs_T))
         if self._student.groups.tp.rank() == 0:  # the other ranks of the group see the same tokens
-            self._parts.append(self._sums(logprobs_T, signals, self._outcomes_T[batch.span], entropy_T))
+            self._parts.append(self._sums(logprobs_T, signals, self._outcomes_T[batch.span], entropy_T, full_kl_T))
 
-    def _sums(self, logprobs_T: Any, signals: TokenSignals, outcomes_T: torch.Tensor, entropy_T: Any) -> Sums:
+    def _sums(
+        self, logprobs_T: Any, signals: TokenSignals, outcomes_T: torch.Tensor, entropy_T: Any, full_kl_T: Any
+    ) -> Sums:
         update = token_update(logprobs_T, signals, self._method)
-        return metric_sums(logprobs_T, signals, update, outcomes_T.to(logprobs_T.device), entropy_T, self._method)
+        sums = metric_sums(logprobs_T, signals, update, outcomes_T.to(logprobs_T.device), entropy_T, self._method)
+        if full_kl_T is not None:
+            sums["full_kl"] = full_kl_T[signals.mask_T].double().sum()
+        return sums
 
     def metrics(self) -> dict[str, float]:
         """Token statistics of the step over all ranks, on every rank."""
         nothing = torch.zeros(0, dtype=torch.float32, device=current().device)
-        empty = self._sums(nothing, self._signals[:0].to(nothing.device), nothing, nothing)
+        entropy_T, full_kl_T = (None, nothing) if self._method.estimator == "full" else (nothing, None)
+        empty = self._sums(nothing, self._signals[:0].to(nothing.device), nothing, entropy_T, full_kl_T)
         sums = add_sums([empty, *self._parts])
         sums["grad_squares"] = torch.stack([sums["tokens"].new_zeros(2), *self._grad_squares]).sum(0)
         for operation, is_max in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sgopd.models.architecture import Architecture
-from megatron_sgopd.models.logprobs import target_logprobs
+from megatron_sgopd.models.logprobs import OutputHead, target_logprobs
 from megatron_sgopd.models.microbatch import Microbatch, forward, microbatches, output_head, response_hidden
 from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
 from megatron_sgopd.models.weights import load_weights
@@ -35,12 +35,14 @@ class Scorer:
         offload: bool,
         rows_per_microbatch: int,
         chunk_tokens: int,
+        keeps_hidden: bool = False,
     ) -> None:
         """Build the model and read this rank's slices of its weights.
 
         Args:
             base: the run's configuration, for precision and kernels.
             offload: keep the weights in host memory between calls.
+            keeps_hidden: keep the last hidden states of what this rank scored last, for `head`.
 
         Raises:
             ConfigError: the model does not split over `tensor` x `pipeline` ranks, or its files do not fit.
@@ -64,6 +66,8 @@ class Scorer:
         load_weights(model, architecture, self._groups)
         self._offload = offload
         self._model = model if offload else model.to(current().device)
+        self._keeps_hidden = keeps_hidden
+        self._kept: dict[int, tuple[torch.Tensor, OutputHead]] = {}
         self.forwards = 0
 
     @property
@@ -83,6 +87,7 @@ class Scorer:
             float32 [T] in nats, on the host.
         """
         self.forwards += 1
+        self._kept.clear()
         if self._offload:
             self._model.to(current().device)
         share = rows.rows // self.data_parallel_size
@@ -111,6 +116,10 @@ class Scorer:
         dist.all_reduce(logprobs_T)
         return logprobs_T.cpu()
 
+    def head(self, span: slice) -> tuple[torch.Tensor, OutputHead]:
+        """Hidden states and output layer of a microbatch that was scored last, on the ranks of the last stage."""
+        return self._kept[span.start]
+
     def _forward_step(self, temperature: float) -> Any:
         def logprobs(hidden_states: Any, output_layer: Any, output_weight: Any, context: Microbatch, **_: Any) -> Any:
             head = output_head(
@@ -122,6 +131,8 @@ class Scorer:
                 self._chunk_tokens,
             )
             hidden_TH = response_hidden(hidden_states, self._config, self._groups.tp, context)
+            if self._keeps_hidden:
+                self._kept[context.span.start] = hidden_TH, head
             return target_logprobs(hidden_TH, head, context.targets_T)[0]
 
         def forward_step(data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:

@@ -70,7 +70,9 @@ def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float])
             f"step {step}: no response token was left to train on: every response was masked out. Look at "
             "verify.truncated=skip and sgopd.uniform_groups=skip, and at the pass rate."
         )
-    for name in ("loss", "grad_norm"):
+    # A mean over no token is no number, and no fault.
+    known = ["loss"] * (metrics["tokens"] > 0) + ["teacher_loss"] * (metrics["teacher_tokens"] > 0) + ["grad_norm"]
+    for name in known:
         if not math.isfinite(metrics.get(name, 0.0)):
             raise Alarm(
                 f"step {step}: {name} is {metrics[name]}: lower train.learning_rate, or set train.clip_grad and "

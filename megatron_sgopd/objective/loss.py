@@ -165,6 +165,20 @@ def coefficients(
     return constants_T / normalizer
 
 
+def full_coefficients(
+    student_logprobs_T: torch.Tensor, signals: TokenSignals, method: Method
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f_t and c_t of the loss sum_t (f_t KL_t - c_t s_t), whose mean over sampled tokens is that of `coefficients`.
+
+    f_t = w_t kappa_t; c_t is what A_t has beside kappa_t delta_t, and for a teacher's tokens their weight. Pure.
+    """
+    update = token_update(student_logprobs_T, signals, method)
+    rest_T = update.weight_T * (update.advantage_T - update.kappa_T * update.delta_T)
+    if signals.imitation_T is not None:
+        rest_T = rest_T + signals.imitation_T
+    return update.weight_T * update.kappa_T, rest_T
+
+
 def policy_loss(
     student_logprobs_T: torch.Tensor, signals: TokenSignals, method: Method, normalizer: float
 ) -> torch.Tensor:

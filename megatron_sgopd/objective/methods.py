@@ -20,6 +20,7 @@ Objective = Callable[["TokenUpdate", "TokenSignals"], "torch.Tensor"]
 Reference = Literal["initial", "live"]
 Outcome = Literal["none", "pm1", "group", "group_centered"]
 UniformGroups = Literal["conflict", "skip"]
+Estimator = Literal["sampled", "full"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Method:
     """Weight of r_t - s_t in A_t: the sampled-token estimate of the reverse KL to the initial student."""
     ratio_clip: float = 0.2
     """epsilon of the clipped importance ratio; only read from a batch's second update on."""
+    estimator: Estimator = "sampled"
+    """kappa_t delta_t for the sampled token alone, or in its place the gradient of kappa_t KL_t over the vocabulary."""
     objective: Objective | None = None
     """Makes A_t in place of the formula above."""
 
@@ -103,7 +106,7 @@ METHODS = {
 }
 
 
-_CHOICES = {"reference": Reference, "outcome": Outcome, "uniform_groups": UniformGroups}
+_CHOICES = {"reference": Reference, "outcome": Outcome, "uniform_groups": UniformGroups, "estimator": Estimator}
 _NOT_NEGATIVE = (
     *("agree_coefficient", "conflict_coefficient", "agree_outcome_weight", "conflict_outcome_weight"),
     *("noise_floor", "trajectory_margin", "reference_kl_coef"),
@@ -127,6 +130,13 @@ def method_from_settings(name: str, **overrides: Any) -> Method:
     clip = method.importance_clip
     if clip is not None and not 0 < clip < math.inf:
         raise ConfigError(f"sgopd.importance_clip is {clip}: give a finite number above 0, or leave it out")
+    if method.estimator == "full" and (
+        method.reference == "initial" or method.trajectory_gate or method.objective is not None or not method.teacher
+    ):
+        raise ConfigError(
+            f"sgopd.estimator=full takes the KL from the student to the teacher, which sgopd.method={name} with these "
+            "settings does not use as it is: set sgopd.reference to live, and leave out trajectory gate and objective"
+        )
     gated = method.agree_coefficient != method.conflict_coefficient or method.trajectory_gate
     if method.outcome == "none" and (gated or method.agree_outcome_weight or method.conflict_outcome_weight):
         raise ConfigError(

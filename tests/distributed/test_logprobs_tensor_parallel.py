@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from launch import run_ranks
 
-from megatron_sgopd.models.logprobs import OutputHead, fused_policy_loss, target_logprobs
+from megatron_sgopd.models.logprobs import (
+    OutputHead,
+    TeacherHead,
+    fused_full_loss,
+    fused_policy_loss,
+    target_logprobs,
+)
 
 HIDDEN = 6
 
@@ -37,6 +43,8 @@ def _check_all() -> None:
             ):
                 _check_equal_to_whole_vocabulary(form, group, tokens, vocab, padded_vocab)
             _check_sequence_parallel(form, group)
+        for tokens, vocab, padded_vocab in ((12, 29, 32), (12, 9, 32), (0, 29, 32)):
+            _check_full(group, tokens, vocab, padded_vocab)
         _check_collectives(group)
     dist.destroy_process_group()
 
@@ -107,6 +115,31 @@ def _check_equal_to_whole_vocabulary(
         _assert_equal(actual, reference)
     hidden_actual_TH, weight_actual_VH = torch.autograd.grad(outputs[0], (hidden_TH, shard_VH))
     _assert_equal(hidden_actual_TH, hidden_grad_TH)  # whole on every rank
+    _assert_equal(weight_actual_VH, weight_grad_VH.chunk(group.size())[group.rank()])
+
+
+def _check_full(group: dist.ProcessGroup, tokens: int, vocab: int, padded_vocab: int) -> None:
+    """The loss over whole distributions, against the direct KL of both models' softmax."""
+    hidden_TH, weight_VH, targets_T, sampled_T = _inputs(tokens, vocab, padded_vocab)
+    generator = torch.Generator().manual_seed(99)
+    teacher_TH = torch.randn(tokens, HIDDEN + 3, generator=generator, dtype=torch.float64)
+    teacher_VH = torch.randn(padded_vocab, HIDDEN + 3, generator=generator, dtype=torch.float64)
+    full_T = torch.rand(tokens, generator=generator, dtype=torch.float64)
+    ours_TV = (hidden_TH @ weight_VH[:vocab].T / 0.7).log_softmax(-1)
+    theirs_TV = (teacher_TH @ teacher_VH[:vocab].T / 0.7).log_softmax(-1)
+    s_T, q_T = (logprobs_TV.gather(1, targets_T[:, None])[:, 0] for logprobs_TV in (ours_TV, theirs_TV))
+    kl_T = (ours_TV.exp() * (ours_TV - theirs_TV)).sum(-1)
+    expected = (full_T * kl_T - sampled_T * s_T).sum()
+    hidden_grad_TH, weight_grad_VH = torch.autograd.grad(expected, (hidden_TH, weight_VH))
+
+    shard_VH = _shard(weight_VH, group)
+    teacher = TeacherHead(teacher_TH, OutputHead(_shard(teacher_VH, group).detach(), vocab, group, 5, 0.7), q_T)
+    head = OutputHead(shard_VH, vocab, group, chunk_tokens=5, temperature=0.7)
+    outputs = fused_full_loss(hidden_TH, head, targets_T, teacher, lambda _, chunk: (full_T[chunk], sampled_T[chunk]))
+    for actual, reference in zip(outputs, (expected, s_T, kl_T), strict=True):
+        _assert_equal(actual, reference)
+    hidden_actual_TH, weight_actual_VH = torch.autograd.grad(outputs[0], (hidden_TH, shard_VH))
+    _assert_equal(hidden_actual_TH, hidden_grad_TH)
     _assert_equal(weight_actual_VH, weight_grad_VH.chunk(group.size())[group.rank()])
 
 

@@ -100,6 +100,14 @@ BAD = {
         "megatron.lr=0.5 contradicts train.learning_rate",
     ),
     "an objective that is not there": (lambda tmp: ["sgopd.objective=nowhere:f"], "sgopd.objective 'nowhere:f' cannot"),
+    "the full estimator with a frozen reference": (
+        lambda tmp: ["sgopd.estimator=full"],
+        "sgopd.estimator=full takes the KL from the student to the teacher",
+    ),
+    "the full estimator with a teacher laid out otherwise": (
+        lambda tmp: ["sgopd.estimator=full", "sgopd.method=opd", "teacher.tensor_parallel=1"],
+        "the teacher is laid out 1 x 1, the student 2 x 1",
+    ),
     "a fraction of the slots above 1": (
         lambda tmp: [*TAUGHT, "teacher_rollouts.mode=mixture", "teacher_rollouts.weight=1.5"],
         "teacher_rollouts.weight=1.5 is a fraction of the slots in mode mixture: give 0 to 1",

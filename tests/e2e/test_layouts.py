@@ -85,3 +85,42 @@ def test_a_live_reference_takes_no_forward(recorded_batch: Path, tmp_path: Path)
     }
     (line,) = succeed(tmp_path, changes).metrics
     assert (line["teacher_forwards"], line["reference_forwards"]) == (1, 0)
+
+
+FULL = {"sgopd.method": "sgopd_scaled", "sgopd.estimator": "full", "train.steps": 1}
+SAME = {
+    "one rank": {"parallel.ranks": 1, "parallel.tensor": 1},
+    "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def full_runs(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    return {
+        name: succeed(tmp_path_factory.mktemp("full"), layout | FULL | {"logging.replay": str(recorded_batch)})
+        for name, layout in SAME.items()
+    }
+
+
+def transformers_kl(batch: dict) -> float:
+    """Mean reverse KL of student and teacher over the response tokens, from transformers' own logits."""
+    from transformers import AutoModelForCausalLM
+
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (STUDENT, TEACHER)]
+    total, count = 0.0, 0
+    for trajectory in batch["trajectories"]:
+        prompt = batch["prompts"][trajectory["prompt"]]["token_ids"]
+        tokens = torch.tensor([prompt + trajectory["token_ids"]])
+        with torch.no_grad():
+            ours, theirs = (model(tokens).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in models)
+        total += float((ours.exp() * (ours - theirs)).sum())
+        count += len(ours)
+    return total / count
+
+
+def test_the_full_estimator_is_the_kl_of_whole_distributions_under_any_layout(full_runs: dict[str, Finished]):
+    single = full_runs["one rank"]
+    assert single.metrics[0]["full_kl"] == pytest.approx(transformers_kl(single.recorded_text(0)), rel=1e-4)
+    for run in full_runs.values():
+        for name in ("full_kl", "loss", "grad_norm", "agree"):
+            assert run.metrics[0][name] == pytest.approx(single.metrics[0][name], rel=1e-5), name

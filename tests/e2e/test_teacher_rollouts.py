@@ -114,28 +114,21 @@ def test_a_run_that_resumes_after_the_end_never_builds_the_teachers_engine(
 
 
 def test_mixture_gives_the_teacher_its_slots_and_counts_what_is_missing(tmp_path: Path) -> None:
-    changes = {"train.steps": 4, "teacher_rollouts.mode": "mixture", "teacher_rollouts.shape": "step"}
-    changes |= {"teacher_rollouts.hold_steps": 0, "teacher_rollouts.end_step": 3, "sgopd.updates_per_batch": 2}
-    changes |= {"parallel.ranks": 2, "parallel.tensor": 2}
+    changes = {"train.steps": 4, "teacher_rollouts.mode": "mixture", "teacher_rollouts.shape": "linear"}
+    changes |= {"teacher_rollouts.weight": 1.0, "teacher_rollouts.hold_steps": 1, "teacher_rollouts.end_step": 3}
+    changes |= {"teacher_rollouts.samples": 12, "sgopd.updates_per_batch": 2, "parallel.ranks": 2, "parallel.tensor": 2}
     run = succeed(tmp_path, TAUGHT | changes)
-    assert column(run, "teacher_weight") == [0.5, 0.5, 0.5, 0.0]
-    for step, line in enumerate(run.metrics):
+    assert column(run, "teacher_weight") == [1.0, 1.0, 0.5, 0.0]
+    for step, (line, slots) in enumerate(zip(run.metrics, (4, 4, 2, 0), strict=True)):
         recorded = run.recorded_text(step)["trajectories"]
         of_prompt = [[t["from_teacher"] for t in recorded if t["prompt"] == prompt] for prompt in range(4)]
-        assert all(len(group) == 4 for group in of_prompt), "every group has its size"
-        assert all(sum(group) <= (2 if step < 3 else 0) for group in of_prompt)
-        if step < 3:
-            assert line["teacher_shortfall"] == pytest.approx(1 - sum(map(sum, of_prompt)) / 8)
-        assert 0 <= line["ratio_clipped"] < 1
-
-
-def test_a_step_may_have_no_rollout_of_the_students_at_all(tmp_path: Path) -> None:
-    changes = {"train.steps": 2, "teacher_rollouts.mode": "mixture", "teacher_rollouts.weight": 1.0}
-    run = succeed(tmp_path, TAUGHT | changes | {"teacher_rollouts.samples": 12})  # at least four of them are approved
-    for line in run.metrics:
-        assert line["teacher_rollouts"] == 16 and line["teacher_shortfall"] == 0
-        assert line["tokens"] == 0 and line["pass_rate"] is None and line["loss"] is None
-        assert line["teacher_loss"] > 0 and line["grad_norm"] > 0
+        assert all(len(group) == 4 and sum(group) <= slots for group in of_prompt), "every group has its size"
+        assert line["teacher_shortfall"] == pytest.approx(1 - sum(map(sum, of_prompt)) / (4 * slots) if slots else 0)
+    # Of twelve samples four are approved: then a step has no rollout of the student's at all.
+    alone = run.metrics[0]
+    assert alone["teacher_rollouts"] == 16 and alone["teacher_loss"] > 0 and alone["grad_norm"] > 0
+    assert alone["tokens"] == 0 and alone["pass_rate"] is None and alone["loss"] is None
+    assert 0 <= run.metrics[3]["ratio_clipped"] < 1
 
 
 def test_recorded_batches_hold_the_teachers_part(taught_run: Finished, tmp_path: Path) -> None:

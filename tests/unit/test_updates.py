@@ -8,7 +8,14 @@ import torch
 from test_objective import TOKENS, batch, changed, random_logprobs
 
 from megatron_sgopd.imports import import_function
-from megatron_sgopd.objective.loss import TokenSignals, TokenUpdate, coefficients, policy_loss, token_update
+from megatron_sgopd.objective.loss import (
+    TokenSignals,
+    TokenUpdate,
+    coefficients,
+    full_coefficients,
+    policy_loss,
+    token_update,
+)
 from megatron_sgopd.objective.methods import METHODS, method_from_settings
 from megatron_sgopd.objective.metrics import metric_sums, metrics_from_sums
 
@@ -110,6 +117,25 @@ def test_an_own_objective_must_give_one_number_a_token(returned: object, seen: s
 def test_an_own_objective_has_a_teacher_to_read() -> None:
     assert not METHODS["grpo"].teacher
     assert dataclasses.replace(METHODS["grpo"], objective=only_agreement).teacher
+
+
+@pytest.mark.parametrize("name", ["opd", "opd_grpo"])
+def test_the_full_estimator_has_the_mean_of_the_sampled_one(name: str) -> None:
+    # For every token of a vocabulary of five, weighted by its chance to be sampled.
+    method = METHODS[name]
+    generator = torch.Generator().manual_seed(2)
+    z_V = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
+    s_V, q_V = z_V.log_softmax(0), torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
+    true_V = torch.ones(5, dtype=torch.bool)
+    signals = TokenSignals(q_V, None, s_V.detach(), torch.full((5,), 0.7).double(), torch.arange(5), true_V)
+    chance_V = s_V.exp().detach()
+    sampled_V = coefficients(s_V.detach(), signals, method, 1.0)
+    (sampled,) = torch.autograd.grad(-(chance_V * sampled_V * s_V).sum(), z_V, retain_graph=True)
+    full_V, rest_V = full_coefficients(s_V.detach(), signals, method)
+    assert torch.equal(full_V, torch.ones(5, dtype=torch.float64))
+    kl = (s_V.exp() * (s_V - q_V)).sum()
+    (full,) = torch.autograd.grad((chance_V * (full_V * kl - rest_V * s_V)).sum(), z_V)
+    torch.testing.assert_close(full, sampled, rtol=0, atol=1e-15)
 
 
 def test_the_example_follows_a_sure_teacher_more(monkeypatch: pytest.MonkeyPatch) -> None:
