@@ -61,26 +61,18 @@ class Worker:
 
     def identity(self, prompts: PromptSet) -> BankIdentity:
         """What the rollouts of this worker have in common."""
-        return bank_identity(
-            self.model, self.tokenizer, prompts.digest, self.sampling, self.rollout.max_new_tokens, self.verify.verifier
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        files = (path for path in Path(self.model).iterdir() if path.suffix in (".safetensors", ".json"))
+        return BankIdentity(
+            model=files_digest(files),
+            tokenizer=hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
+            prompts=prompts.digest,
+            samples=self.sampling.samples,
+            temperature=self.sampling.temperature,
+            max_new_tokens=self.rollout.max_new_tokens,
+            seed=self.sampling.seed,
+            verifier=self.verify.verifier,
         )
-
-
-def bank_identity(
-    model: str, tokenizer: Any, prompts_digest: str, sampling: Sampling, max_new_tokens: int, verifier: str
-) -> BankIdentity:
-    """Of rollouts of the model in a folder."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return BankIdentity(
-        model=files_digest(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".json")),
-        tokenizer=hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
-        prompts=prompts_digest,
-        samples=sampling.samples,
-        temperature=sampling.temperature,
-        max_new_tokens=max_new_tokens,
-        seed=sampling.seed,
-        verifier=verifier,
-    )
 
 
 @dataclass(frozen=True)
