@@ -16,9 +16,9 @@ from megatron_sgopd.imports import import_function
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.provider import padded_vocab_size
 from megatron_sgopd.objective.methods import Method, method_from_settings
-from megatron_sgopd.rollout.bank import BankIdentity, RolloutBank, check_identity
+from megatron_sgopd.rollout.bank import IDENTITY, BankIdentity, RolloutBank, check_identity
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
-from megatron_sgopd.rollout.teacher_rollouts import teacher_worker
+from megatron_sgopd.rollout.teacher_rollouts import bank_folder, teacher_worker
 from megatron_sgopd.verify.base import resolve_verifier
 
 
@@ -115,6 +115,8 @@ def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet
             f"teacher_rollouts.weight={wanted.weight} is a fraction of the slots in mode mixture: give 0 to 1"
         )
     identity = teacher_worker(settings, tokenizer, row_tokens).identity(train)
+    if wanted.bank is None and (bank_folder(settings) / IDENTITY).is_file():
+        check_identity(bank_folder(settings), identity)
     if wanted.bank is not None:
         check_identity(Path(wanted.bank), identity)
         bank = RolloutBank(Path(wanted.bank))
@@ -200,10 +202,11 @@ def check_full_estimator(
             f"{settings.teacher.offload}: leave out the settings of the teacher's layout, or take estimator sampled"
         )
     rows = [padded_vocab_size(architecture, tensor) for architecture in (student, teacher)]
-    if rows[0] != rows[1]:
+    if rows[0] != rows[1] or student.vocab_size > teacher.vocab_size:
         raise ConfigError(
-            f"sgopd.estimator=full needs output layers of one size, but the student has {rows[0]} rows and the teacher "
-            f"{rows[1]}: take estimator sampled"
+            f"sgopd.estimator=full needs a teacher's logit for each of the student's, but the student has "
+            f"{student.vocab_size} tokens in {rows[0]} rows and the teacher {teacher.vocab_size} in {rows[1]}: take "
+            "estimator sampled"
         )
 
 

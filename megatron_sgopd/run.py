@@ -25,6 +25,7 @@ from megatron_sgopd.monitor.alarms import check_metrics
 from megatron_sgopd.monitor.clock import Clock
 from megatron_sgopd.monitor.metrics import Monitor
 from megatron_sgopd.objective.methods import Method
+from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptStream
 from megatron_sgopd.rollout.recording import Recording
@@ -215,6 +216,11 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         args.seq_length,
         args.micro_batch_size,
     )
+    if inputs.bank is not None and settings.teacher_rollouts.bank is None and not current().several_engines:
+        raise ConfigError(
+            "teacher_rollouts.bank is not set, and on this platform a run cannot make the teacher's rollouts beside "
+            "the student's: make them before by `megatron-sgopd teacher-rollouts`, and name their folder"
+        )
     if inputs.bank is not None and not settings.logging.replay:
         run.teacher_rollouts = TeacherRollouts(
             settings, inputs.bank, verification, lambda: _teacher_engine(settings, args), run.prompts_of, monitor.note

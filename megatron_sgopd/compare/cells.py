@@ -23,7 +23,7 @@ from megatron_sgopd.compare.table import Cell, Variant, results_table, sweep_tab
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY
 from megatron_sgopd.processes import die_with_parent
-from megatron_sgopd.recipe import check_recipe, load_recipe
+from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 
 FIRST_SEED, FIRST_SWEEP_SEED = 1, 1001
 """Of the runs that are reported, and of those that only choose a learning rate."""
@@ -49,11 +49,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if baseline not in variants:
         raise ConfigError(f"--baseline {baseline!r} is not among the variants: {', '.join(variants)}")
     grid = _grid(arguments.learning_rates)
-    recipe = load_recipe(arguments.recipe, arguments.set)
-    if recipe.data.heldout is None:
-        raise ConfigError(f"{arguments.recipe} has no data.heldout: without it nothing can be compared")
-    for settings in variants.values():
-        check_recipe(load_recipe(arguments.recipe, [*arguments.set, *settings, f"run_dir={arguments.out}/check"]))
+    learning_rates = _check(arguments, variants)
     runner = _Runner(arguments)
     rates: dict[str, dict[float, list[float]]] = {}
     if grid:
@@ -68,7 +64,7 @@ def compare(arguments: argparse.Namespace) -> int:
     found = [
         Variant(
             name,
-            chosen.get(name) or recipe.train.learning_rate,
+            chosen.get(name) or learning_rates[name],
             tuple(cell for job, cell in zip(jobs, cells, strict=True) if job.variant == name and cell is not None),
             sum(job.variant == name and cell is None for job, cell in zip(jobs, cells, strict=True)),
         )
@@ -98,6 +94,27 @@ def _variants(arguments: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     if len(variants) < 2:
         raise ConfigError("a comparison needs at least two variants: give --methods NAME,NAME or --variant")
     return variants
+
+
+def _check(arguments: argparse.Namespace, variants: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """Check each variant's recipe as training would, and that all are held to the same problems.
+
+    Returns:
+        Their own learning rates.
+    """
+    learning_rates, held_out = {}, {}
+    for name, settings in variants.items():
+        recipe = load_recipe(arguments.recipe, [*arguments.set, *settings, f"run_dir={arguments.out}/check"])
+        learning_rates[name] = recipe.train.learning_rate
+        held_out[name] = [(prompt.text, prompt.answer) for prompt in check_recipe(recipe).heldout]
+    first = next(iter(held_out))
+    for name, problems in held_out.items():
+        if not problems or problems != held_out[first]:
+            raise ConfigError(
+                f"variant {name!r} has other held-out problems than {first!r}, or none: without the same data.heldout "
+                "they cannot be compared"
+            )
+    return learning_rates
 
 
 def _grid(text: str) -> list[float]:
@@ -146,7 +163,13 @@ class _Runner:
         return Job(variant, settings, rate, seed, self._out.joinpath(*parts))
 
     def run(self, jobs: Sequence[Job]) -> list[Cell | None]:
-        """Run those that are not finished; None stands for one that failed."""
+        """Run those that are not finished; None stands for one that failed.
+
+        Raises:
+            ConfigError: one was run before with other settings.
+        """
+        for job in jobs:
+            check_run_dir(load_recipe(self._recipe, self._settings(job)))
         started, done = time.monotonic(), 0
         todo = sum(_finished(job) is None for job in jobs)
         if todo < len(jobs):
@@ -169,12 +192,13 @@ class _Runner:
         with ThreadPoolExecutor(self._jobs) as pool:
             return list(pool.map(one, jobs))
 
-    def _train(self, job: Job) -> int:
+    def _settings(self, job: Job) -> list[str]:
         settings = [*self._overrides, *job.settings, f"train.seed={job.seed}", f"run_dir={job.folder}"]
-        if job.learning_rate is not None:
-            settings.append(f"train.learning_rate={job.learning_rate!r}")
+        return settings + [f"train.learning_rate={job.learning_rate!r}"] * (job.learning_rate is not None)
+
+    def _train(self, job: Job) -> int:
         command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(self._recipe)]
-        for setting in settings:
+        for setting in self._settings(job):
             command += ["--set", setting]
         job.folder.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)

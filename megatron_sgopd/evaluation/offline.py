@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_sgopd.checkpoint.convert import Options, Ranks, to_huggingface
-from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.checkpoint.files import CONVERSION, write_atomically
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
+from megatron_sgopd.checkpoint.torch_dist import CheckpointReader
 from megatron_sgopd.checks import check_task_scorers, load_tokenizer
 from megatron_sgopd.config import PromptSettings, Recipe, RolloutSettings, VerifySettings
 from megatron_sgopd.errors import ConfigError, some
@@ -131,9 +133,14 @@ def _model_folder(arguments: argparse.Namespace, architecture: Architecture) -> 
         return arguments.model
     checkpoint = find_checkpoint(arguments.model, arguments.step)
     folder = arguments.out / f"model_{checkpoint.name}"
-    if not folder.is_dir():
+    if not folder.is_dir() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         arguments.out.mkdir(parents=True, exist_ok=True)
-        to_huggingface(checkpoint, folder, architecture.folder, Options(verify="off"), Ranks.from_environment())
+        to_huggingface(checkpoint, folder, architecture.folder, Options(verify="off"), Ranks(0, 1))
+    while not folder.is_dir():  # the other ranks; the folder appears when it is whole
+        time.sleep(0.1)
+    made_from = json.loads((folder / CONVERSION).read_text())["source_digest"]
+    if made_from != CheckpointReader(checkpoint).digest:
+        raise ConfigError(f"{folder} was made of another checkpoint than {checkpoint}: choose another --out")
     return folder
 
 

@@ -72,6 +72,7 @@ def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float])
         )
     # A mean over no token is no number, and no fault.
     known = ["loss"] * (metrics["tokens"] > 0) + ["teacher_loss"] * (metrics["teacher_tokens"] > 0) + ["grad_norm"]
+    known += ["full_kl"] * ("full_kl" in metrics and metrics["tokens"] > 0)
     for name in known:
         if not math.isfinite(metrics.get(name, 0.0)):
             raise Alarm(

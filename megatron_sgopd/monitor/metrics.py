@@ -121,9 +121,9 @@ class Monitor:
         self._console.print(_table(summary))
 
     def last_metric(self, name: str) -> float:
-        """Of the step before this attempt, on every rank; NaN where there is none."""
-        lines = _read(self._folder / METRICS)[-1:] if self._writes else []
-        value = next((line[name] for line in lines if line.get(name) is not None), float("nan"))
+        """The last one before this attempt, on every rank; NaN where there is none."""
+        lines = _read(self._folder / METRICS) if self._writes else []
+        value = next((line[name] for line in reversed(lines) if line.get(name) is not None), float("nan"))
         shared = torch.tensor([value], dtype=torch.float64, device=current().device)
         dist.broadcast(shared, 0)
         return float(shared)

@@ -168,9 +168,11 @@ def coefficients(
 def full_coefficients(
     student_logprobs_T: torch.Tensor, signals: TokenSignals, method: Method
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """f_t and c_t of the loss sum_t (f_t KL_t - c_t s_t), whose mean over sampled tokens is that of `coefficients`.
+    """f_t and c_t of the loss sum_t (f_t KL_t - c_t s_t).
 
-    f_t = w_t kappa_t; c_t is what A_t has beside kappa_t delta_t, and for a teacher's tokens their weight. Pure.
+    f_t = w_t kappa_t; c_t is what A_t has beside kappa_t delta_t, and for a teacher's tokens their weight. Pure. Where
+    kappa does not depend on the token, the gradient is the mean of the sampled estimator's over what could have been
+    sampled. With a gate it is another update: the sampled token then decides how much the whole distribution counts.
     """
     update = token_update(student_logprobs_T, signals, method)
     rest_T = update.weight_T * (update.advantage_T - update.kappa_T * update.delta_T)

@@ -18,6 +18,8 @@ class Platform(abc.ABC):
     """Environment variables that must be set before torch, Megatron and vLLM are imported."""
     megatron_flags: ClassVar[tuple[str, ...]]
     """Megatron flags without which a run cannot work here."""
+    several_engines: ClassVar[bool]
+    """Whether the teacher's rollout engine may live beside the student's in one process."""
 
     @abc.abstractmethod
     def install(self) -> None:

@@ -26,6 +26,7 @@ class CpuPlatform(Platform):
     """One or several processes on CPU cores."""
 
     name = "cpu"
+    several_engines = True
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asserts it with tensor parallelism
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile inside vLLM's sampler fails under the device redirection

@@ -17,6 +17,7 @@ class CudaPlatform(Platform):
     """One process a GPU."""
 
     name = "cuda"
+    several_engines = False  # vLLM's sleep mode allows one in a process
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order of launches
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process, its device and its weights

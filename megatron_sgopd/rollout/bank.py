@@ -31,6 +31,7 @@ from megatron_sgopd.checkpoint.files import sync_path, write_atomically
 from megatron_sgopd.errors import ConfigError
 
 IDENTITY = "bank.json"
+"""File that makes a folder a bank."""
 _SCHEMA = pa.schema(
     [
         ("problem", pa.string()),
@@ -234,7 +235,7 @@ def writing(folder: Path, identity: BankIdentity, name: str) -> Iterator[BankWri
                         f"{folder}: {path.stem} is being written, and would do the same problems as {name}: "
                         "give all workers the same number of shards, and one run at a time"
                     )
-        _claim(folder, identity)
+        _claim(folder, identity, name)
         yield BankWriter(folder, name)
 
 
@@ -247,9 +248,9 @@ def _locked(file: Any) -> bool:
     return True
 
 
-def _claim(folder: Path, identity: BankIdentity) -> None:
+def _claim(folder: Path, identity: BankIdentity, name: str) -> None:
     """Mark a new folder as the bank of `identity`; the first of several workers does."""
-    own = folder / f"{IDENTITY}.{os.getpid()}"
+    own = folder / f"{IDENTITY}.{name}"
     write_atomically(own, json.dumps(asdict(identity), indent=1).encode())
     try:
         os.link(own, folder / IDENTITY)

@@ -42,6 +42,15 @@ def test_cells_are_run_resumed_and_told_apart_and_one_that_fails_loses_no_other(
     second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
     assert "2 of 3 runs are finished already" in second.stdout
     assert (out / "cells/opd/seed_1/metrics.jsonl").read_bytes() == finished
+    third = subprocess.run(
+        [*command, "--set", "train.weight_decay=0.5"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    assert third.returncode == 2 and "belongs to a run with train.weight_decay=0.0, not 0.5" in third.stderr
     prompts = [
         json.loads((out / f"cells/{name}/seed_1/samples.jsonl").read_text().splitlines()[0])["prompt"]
         for name in ("opd", "grpo")
@@ -52,6 +61,10 @@ def test_cells_are_run_resumed_and_told_apart_and_one_that_fails_loses_no_other(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--methods", "opd", "--variant", "other:data.heldout.seed=5"],
+            "variant 'other' has other held-out problems than 'opd', or none",
+        ),
         (["--methods", "opd"], "a comparison needs at least two variants"),
         (["--methods", "opd,sgopt"], "unknown sgopd.method 'sgopt': did you mean 'sgopd'"),
         (["--methods", "opd,grpo", "--baseline", "sgopd"], "--baseline 'sgopd' is not among the variants: opd, grpo"),

@@ -138,6 +138,20 @@ def test_the_full_estimator_has_the_mean_of_the_sampled_one(name: str) -> None:
     torch.testing.assert_close(full, sampled, rtol=0, atol=1e-15)
 
 
+def test_the_gate_scales_the_kl_and_leaves_the_rest_to_the_sampled_token() -> None:
+    method = method_from_settings("sgopd_additive", conflict_coefficient=0.3, importance_clip=1.5)
+    s_T, signals, _ = batch(12, method)
+    imitation_T = (torch.arange(TOKENS) % 7 == 0).double()
+    signals = changed(signals, mask_T=imitation_T == 0, imitation_T=imitation_T)
+    update = token_update(s_T, signals, method)
+    full_T, rest_T = full_coefficients(s_T, signals, method)
+    lambda_, beta = torch.tensor([1.8, 0.3], dtype=torch.float64)
+    assert torch.equal(full_T, update.weight_T * torch.where(update.classes_T == 2, lambda_, beta))
+    assert (full_T[imitation_T > 0] == 0).all() and len(full_T.unique()) > 4
+    sampled_T = coefficients(s_T, signals, method, 1.0)
+    torch.testing.assert_close(full_T * update.delta_T + rest_T, sampled_T, rtol=1e-13, atol=1e-14)
+
+
 def test_the_example_follows_a_sure_teacher_more(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = Path(__file__).parents[2] / "examples/own_objective"
     assert len((examples / "confident_teacher.py").read_text().splitlines()) < 30
