@@ -1,10 +1,13 @@
-.PHONY: demo test test-checkpoints lint setup models compare
+.PHONY: demo test test-long test-checkpoints lint setup models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
 
 test: setup  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+test-long: setup  ## the few tests that `make test` leaves out for their length
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long
 
 test-checkpoints: setup  ## conversion only; part of `make test`
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/checkpoints

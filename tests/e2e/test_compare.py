@@ -22,6 +22,7 @@ def compare(*arguments: object) -> list[str]:
     return words
 
 
+@pytest.mark.long
 def test_cells_are_run_resumed_and_told_apart_and_one_that_fails_loses_no_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
     broken = "broken:sgopd.method=opd,alarms.teacher_floor=0.001"  # an alarm at the first step

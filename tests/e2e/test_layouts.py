@@ -118,6 +118,7 @@ def transformers_kl(batch: dict) -> float:
     return total / count
 
 
+@pytest.mark.long
 def test_the_full_estimator_is_the_kl_of_whole_distributions_under_any_layout(full_runs: dict[str, Finished]):
     single = full_runs["one rank"]
     assert single.metrics[0]["full_kl"] == pytest.approx(transformers_kl(single.recorded_text(0)), rel=1e-4)

@@ -186,6 +186,7 @@ def bank_ahead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return folder, finished
 
 
+@pytest.mark.long
 def test_killing_a_worker_loses_no_finished_problem_and_doubles_none(
     bank_ahead: tuple[Path, dict[str, list[StoredRollout]]],
 ) -> None:
@@ -203,6 +204,7 @@ def test_killing_a_worker_loses_no_finished_problem_and_doubles_none(
     assert differing > 100, "samples have seeds of their own"
 
 
+@pytest.mark.long
 def test_training_from_a_bank_builds_no_teacher_engine(
     bank_ahead: tuple[Path, dict[str, list[StoredRollout]]], tmp_path: Path
 ) -> None:
