@@ -115,11 +115,11 @@ def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet
             f"teacher_rollouts.weight={wanted.weight} is a fraction of the slots in mode mixture: give 0 to 1"
         )
     identity = teacher_worker(settings, tokenizer, row_tokens).identity(train)
-    if wanted.bank is None and (bank_folder(settings) / IDENTITY).is_file():
-        check_identity(bank_folder(settings), identity)
+    folder = bank_folder(settings)
+    if wanted.bank is not None or (folder / IDENTITY).is_file():
+        check_identity(folder, identity)
     if wanted.bank is not None:
-        check_identity(Path(wanted.bank), identity)
-        bank = RolloutBank(Path(wanted.bank))
+        bank = RolloutBank(folder)
         if bank.approved == 0:
             raise ConfigError(
                 f"teacher_rollouts.bank={wanted.bank} has {bank.rollouts} rollouts and none that was approved, but "

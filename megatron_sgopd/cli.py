@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sgopd import __version__
+from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
@@ -59,13 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set train.steps=20",
     )
     train.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting of the recipe; may be given several times",
-    )
+    add_set(train)
     train.add_argument(
         "--dry-run",
         action="store_true",

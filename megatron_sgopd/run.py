@@ -92,7 +92,7 @@ class Run:
         done, self.saves = batch.step + 1, saves
         with self.clock("record"):
             policy = updates[0]
-            metrics: dict[str, Any] = policy.metrics() | batch_metrics(self, batch) | self.verification.faults
+            metrics: dict[str, Any] = policy.metrics() | batch_metrics(batch) | self.verification.faults
             if len(updates) > 1:
                 metrics["ratio_clipped"] = updates[-1].metrics()["ratio_clipped"]
             metrics |= {

@@ -57,6 +57,9 @@ class Batch:
     outcomes_N: torch.Tensor | None = None
     """R_i of the student's: float32, 1 where the verifier accepted the answer, else 0."""
 
+    trained_N: torch.Tensor | None = None
+    """bool: those of the student's that settings do not leave out."""
+
     @property
     def responses(self) -> tuple[Trajectory, ...]:
         """All that is packed: the student's trajectories, then the teacher's."""
@@ -81,7 +84,8 @@ def prepare(run: Run, step: int) -> Batch:
     batch = score_teacher(run, batch)
     batch = score_reference(run, batch)
     with run.clock("verify"):
-        return replace(batch, outcomes_N=outcomes())
+        batch = replace(batch, outcomes_N=outcomes())
+    return replace(batch, trained_N=trained_responses(run, batch))
 
 
 def with_tensors(batch: Batch, tensors: dict[str, torch.Tensor]) -> Batch:
@@ -157,12 +161,13 @@ def score_reference(run: Run, batch: Batch) -> Batch:
 
 def signals(run: Run, batch: Batch) -> tuple[TokenSignals, torch.Tensor, torch.Tensor]:
     """For each response token the objective's inputs, R_i of its response, and whether the loss is a mean over it."""
-    assert batch.trajectories is not None and batch.rows is not None and batch.outcomes_N is not None
+    assert batch.trajectories is not None and batch.rows is not None
+    assert batch.outcomes_N is not None and batch.trained_N is not None
     rows, groups_N = batch.rows, group_ids(batch)
     advantage_N = outcome_advantage(batch.outcomes_N, groups_N, run.method.outcome)
     teacher_T = rows.trajectory_T >= len(batch.trajectories)
     nothing_M = torch.zeros(len(batch.taught.trajectories))
-    mask_T = torch.cat([trained_responses(run, batch), nothing_M.bool()])[rows.trajectory_T]
+    mask_T = torch.cat([batch.trained_N, nothing_M.bool()])[rows.trajectory_T]
     imitation_T, counted_T = None, mask_T
     if batch.taught.trajectories:
         mode = run.settings.teacher_rollouts.mode
@@ -216,9 +221,10 @@ def in_row_order(values_T: torch.Tensor, rows: PackedRows) -> torch.Tensor:
     return result_T
 
 
-def batch_metrics(run: Run, batch: Batch) -> dict[str, float]:
+def batch_metrics(batch: Batch) -> dict[str, float]:
     """What a step's log says about whole responses."""
-    assert batch.trajectories is not None and batch.outcomes_N is not None and batch.rows is not None
+    assert batch.trajectories is not None and batch.rows is not None
+    assert batch.outcomes_N is not None and batch.trained_N is not None
     lengths = torch.tensor([float(len(t.token_ids)) for t in batch.trajectories])
     groups_N = group_ids(batch)
     first_N = torch.ones_like(groups_N, dtype=torch.bool)
@@ -227,7 +233,7 @@ def batch_metrics(run: Run, batch: Batch) -> dict[str, float]:
     return {
         "pass_rate": float(batch.outcomes_N.mean()),
         "uniform_groups": float(uniform_groups(batch.outcomes_N, groups_N)[first_N].float().mean()),
-        "filtered": 1 - float(trained_responses(run, batch).float().mean()),
+        "filtered": 1 - float(batch.trained_N.float().mean()),
         "response_length": float(lengths.mean()),
         "response_length_max": float(lengths.max()) if len(lengths) else 0.0,
         "truncated": sum(t.truncated for t in batch.trajectories) / max(1, len(batch.trajectories)),

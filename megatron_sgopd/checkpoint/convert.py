@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgopd import __version__
-from megatron_sgopd.checkpoint.files import CONVERSION, Staging, files_digest, write_atomically
+from megatron_sgopd.checkpoint.files import CONVERSION, Staging, model_digest, write_atomically
 from megatron_sgopd.checkpoint.locate import TRACKER, find_checkpoint
 from megatron_sgopd.checkpoint.model_folder import (
     DTYPE_NAMES,
@@ -116,7 +116,7 @@ def to_megatron(source: Path, out: Path, options: Options, ranks: Ranks) -> Proo
         staging = Staging(out)
         folder = staging.folder / "release"
         writer = CheckpointWriter(folder, architecture, dtype_of, rows, options.tensor, options.part_bytes)
-        job = _job("to-megatron", source, _folder_digest(source), options)
+        job = _job("to-megatron", source, model_digest(source), options)
         _start(staging, job, sum(writer.part_bytes), ranks)
         common_state = _common_state(architecture, rows)
 
@@ -236,10 +236,6 @@ def _job(direction: str, source: Path, digest: str, options: Options) -> dict[st
     settings = asdict(options) | {"dtype": DTYPE_NAMES.get(options.dtype) if options.dtype else None}
     del settings["verify"]
     return {"direction": direction, "source": str(source.absolute()), "source_digest": digest, **settings}
-
-
-def _folder_digest(folder: Path) -> str:
-    return files_digest(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
 
 
 def _start(staging: Staging, job: dict[str, Any], nbytes: int, ranks: Ranks) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,14 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def files_digest(paths: Iterable[Path], samples: int = 16, sample_bytes: int = 1 << 20) -> str:
-    """Digest of files by name, size and some of their bytes: pieces at even distances, the first and the last included.
+def model_digest(folder: Path, samples: int = 16, sample_bytes: int = 1 << 20) -> str:
+    """Digest of a folder's model files by name, size and some of their bytes: pieces at even distances, the first and
+    the last included.
 
     Reading all of a large model would take minutes on a shared file system.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(paths):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json")):
         size = path.stat().st_size
         digest.update(json.dumps([path.name, size]).encode())
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ import numpy as np
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.compare.table import Cell, Variant, results_table, sweep_table, verdict
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, read_json_lines
 from megatron_sgopd.processes import die_with_parent
 from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 
@@ -218,9 +218,8 @@ def _finished(job: Job) -> Cell | None:
     if not (job.folder / SUMMARY).is_file():
         return None
     summary = json.loads((job.folder / SUMMARY).read_text())
-    evaluations = [json.loads(line) for line in (job.folder / EVALUATIONS).read_text().splitlines()]
-    steps = [json.loads(line) for line in (job.folder / METRICS).read_text().splitlines()]
-    [after] = [line for line in evaluations if line["name"] == "after"]
+    steps = read_json_lines(job.folder / METRICS)
+    [after] = [line for line in read_json_lines(job.folder / EVALUATIONS) if line["name"] == "after"]
     return Cell(job.seed, tuple(after["by_problem"]), summary["seconds"], sum(step["tokens"] for step in steps))
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.arguments import add_set
+
 
 def add_command(commands: Any) -> None:
     """Add the command to the command line."""
@@ -38,13 +40,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, which share the cores (1)")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cells' run folders")
     command.add_argument("--results", type=Path, metavar="FILE", help="the table as Markdown (OUT/RESULTS.md)")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting of the recipe for all cells; may be given several times",
-    )
+    add_set(command)
     command.set_defaults(run=_compare)
 
 

@@ -312,7 +312,17 @@ def _recomputed_weight_grad(shard: _Shard, log_sums_T: torch.Tensor, grad_T: tor
     return weight_grad_VH
 
 
-class _FusedPolicyLoss(torch.autograd.Function):
+class _MadeForward(torch.autograd.Function):
+    """A loss whose forward pass takes six arguments and saves the gradients of the first two."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad_TH, weight_grad_VH = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
+        return hidden_grad_TH, weight_grad_VH, None, None, None, None
+
+
+class _FusedPolicyLoss(_MadeForward):
     @staticmethod
     def forward(
         ctx: Any,
@@ -336,14 +346,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(scores.logprobs_T, *(() if entropy_T is None else (entropy_T,)))
         return -torch.dot(scores.coefficients_T, scores.logprobs_T), scores.logprobs_T, entropy_T
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden_grad_TH, weight_grad_VH = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
-        return hidden_grad_TH, weight_grad_VH, None, None, None, None
 
-
-class _FusedFullLoss(torch.autograd.Function):
+class _FusedFullLoss(_MadeForward):
     @staticmethod
     def forward(
         ctx: Any,
@@ -363,12 +367,6 @@ class _FusedFullLoss(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(scores.logprobs_T, scores.kl_T)
         return scores.loss, scores.logprobs_T, scores.kl_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden_grad_TH, weight_grad_VH = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
-        return hidden_grad_TH, weight_grad_VH, None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from rich.table import Table
 
 from megatron_sgopd.config import Settings
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
-from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console
-from megatron_sgopd.platform import current
-from megatron_sgopd.rollout.trajectory import Trajectory
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console, read_json_lines
+from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank
 from megatron_sgopd.verify.base import VerifierResult
 
 
@@ -101,13 +100,13 @@ class Monitor:
         """Write summary.json from the files of all attempts, and show the table."""
         if not self._writes:
             return
-        lines = _read(self._folder / METRICS)
+        lines = read_json_lines(self._folder / METRICS)
         stages: dict[str, float] = {}
         for line in lines:
             for stage, seconds in line["stage_seconds"].items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
         total = sum(line["seconds"] for line in lines)
-        rates = {line["name"]: line["pass_rate"] for line in _read(self._folder / EVALUATIONS)}
+        rates = {line["name"]: line["pass_rate"] for line in read_json_lines(self._folder / EVALUATIONS)}
         summary = {
             **{name: rates.get(name) for name in ("before", "after", "teacher")},
             "steps": len(lines),
@@ -122,11 +121,9 @@ class Monitor:
 
     def last_metric(self, name: str) -> float:
         """The last one before this attempt, on every rank; NaN where there is none."""
-        lines = _read(self._folder / METRICS) if self._writes else []
+        lines = read_json_lines(self._folder / METRICS) if self._writes else []
         value = next((line[name] for line in reversed(lines) if line.get(name) is not None), float("nan"))
-        shared = torch.tensor([value], dtype=torch.float64, device=current().device)
-        dist.broadcast(shared, 0)
-        return float(shared)
+        return float(from_first_rank(torch.tensor([value], dtype=torch.float64)))
 
     def note(self, text: str) -> None:
         """A plain line for the user, from rank 0."""
@@ -163,15 +160,9 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; the last one may have been cut off with the run."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _keep_until(path: Path, step: int) -> None:
     """Drop lines of steps after `step`, which this attempt will do again."""
-    kept = [line for line in _read(path) if line["step"] <= step and step > 0]
+    kept = [line for line in read_json_lines(path) if line["step"] <= step and step > 0]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.rename(path)

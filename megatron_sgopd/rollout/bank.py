@@ -196,14 +196,15 @@ class BankWriter:
         with pq.ParquetWriter(temporary, _SCHEMA) as writer:
             for group in groups:
                 writer.write_table(pa.Table.from_pylist([asdict(rollout) for rollout in group], _SCHEMA))
+        *spans, footer = _spans(temporary)
         part = {
             "rows": len(rollouts),
             "approved": sum(rollout.outcome for rollout in rollouts),
             "row_groups": [
                 {"problems": list(dict.fromkeys(rollout.problem for rollout in group)), **span}
-                for group, span in zip(groups, _spans(temporary), strict=False)
+                for group, span in zip(groups, spans, strict=True)
             ],
-            "footer": _spans(temporary)[-1],
+            "footer": footer,
         }
         sync_path(temporary)
         temporary.rename(path)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sgopd.arguments import add_set
 from megatron_sgopd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,13 +28,7 @@ def add_command(commands: Any) -> None:
         epilog="Example: megatron-sgopd teacher-rollouts recipe.yaml --bank banks/math --shard 1/4",
     )
     command.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting of the recipe; may be given several times",
-    )
+    add_set(command)
     command.add_argument("--bank", metavar="DIR", help="where to write (teacher_rollouts.bank)")
     command.add_argument("--shard", default="1/1", metavar="I/N", help="do the I-th of N shares, from 1 on (1/1)")
     command.add_argument(

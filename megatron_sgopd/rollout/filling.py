@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_sgopd.checkpoint.files import files_digest
+from megatron_sgopd.checkpoint.files import model_digest
 from megatron_sgopd.config import RolloutSettings, VerifySettings
 from megatron_sgopd.monitor.output import libraries_write_to
-from megatron_sgopd.platform import current, select
+from megatron_sgopd.platform import select
 from megatron_sgopd.processes import joined_ranks
 from megatron_sgopd.rollout.bank import BankIdentity, BankWriter, RolloutBank, StoredRollout, writing
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet
-from megatron_sgopd.rollout.trajectory import Trajectory
+from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank
 from megatron_sgopd.verify.base import VerifierResult
 from megatron_sgopd.verify.stage import Verification
 
@@ -62,9 +61,8 @@ class Worker:
     def identity(self, prompts: PromptSet) -> BankIdentity:
         """What the rollouts of this worker have in common."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        files = (path for path in Path(self.model).iterdir() if path.suffix in (".safetensors", ".json"))
         return BankIdentity(
-            model=files_digest(files),
+            model=model_digest(Path(self.model)),
             tokenizer=hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
             prompts=prompts.digest,
             samples=self.sampling.samples,
@@ -173,6 +171,5 @@ def judged_rollouts(
 
 def absent_problems(bank: RolloutBank, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Those of `prompts` that the bank has no rollouts of, by what the first rank sees of it."""
-    absent = torch.tensor([prompt.problem not in bank for prompt in prompts], dtype=torch.bool).to(current().device)
-    dist.broadcast(absent, 0)
+    absent = from_first_rank(torch.tensor([prompt.problem not in bank for prompt in prompts], dtype=torch.bool))
     return [prompt for prompt, is_absent in zip(prompts, absent.tolist(), strict=True) if is_absent]

@@ -19,7 +19,7 @@ from megatron_sgopd.rollout.bank import BankIdentity, BankWriter, RolloutBank, w
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.filling import Sampling, Worker, absent_problems, judged_rollouts, sample_problems
 from megatron_sgopd.rollout.prompts import Prompt
-from megatron_sgopd.rollout.trajectory import Trajectory, gather_trajectories
+from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank, gather_trajectories
 from megatron_sgopd.verify.stage import Verification
 
 TEACHER_STEP = -2
@@ -117,7 +117,7 @@ class TeacherRollouts:
                 for r in rollouts
                 if r.outcome
             ]
-        counts = _from_first_rank(counts)
+        counts = from_first_rank(counts)
         approved = gather_trajectories(local, prompts, contributes=dist.get_rank() == 0)
         approval = float(counts[1] / counts[0]) if counts[0] else float("nan")
         if self._settings.mode == "mixture":
@@ -164,12 +164,6 @@ class TeacherRollouts:
         self._open.close()
         after = current().memory_used()
         self._note(f"teacher engine released: memory in use {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
-
-
-def _from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
-    shared = tensor.to(current().device)
-    dist.broadcast(shared, 0)
-    return shared.cpu()
 
 
 def _first_of_each(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:

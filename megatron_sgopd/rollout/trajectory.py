@@ -74,6 +74,15 @@ def _in_order(trajectories: Sequence[Trajectory], prompts: Sequence[Prompt]) -> 
     return sorted(trajectories, key=lambda t: (index[t.prompt.id], t.sample))
 
 
+def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The first rank's tensor on every rank, on the host; shape and dtype are the same everywhere."""
+    from megatron_sgopd.platform import current
+
+    shared = tensor.to(current().device)
+    dist.broadcast(shared, 0)
+    return shared.cpu()
+
+
 def all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of different first sizes from all ranks."""
     from megatron_sgopd.platform import current
