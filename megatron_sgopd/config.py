@@ -235,7 +235,9 @@ class LoggingSettings:
     quiet: bool = True
     """Send the output of Megatron and vLLM to RUN_DIR/logs instead of the terminal (ready script only)."""
     samples_every: int = Field(default=10, ge=0)
-    """Steps between printed sample responses; 0: never."""
+    """Steps between those of which some responses are printed and kept; 0: never."""
+    samples: int = Field(default=8, ge=1)
+    """Responses kept of such a step, with the numbers behind each of their tokens."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
     record: str | None = None

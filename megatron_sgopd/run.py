@@ -24,6 +24,7 @@ from megatron_sgopd.models.weights import load_weights
 from megatron_sgopd.monitor.alarms import check_metrics
 from megatron_sgopd.monitor.clock import Clock
 from megatron_sgopd.monitor.metrics import Monitor
+from megatron_sgopd.monitor.samples import sample_lines
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.engine import RolloutEngine
@@ -106,6 +107,7 @@ class Run:
             check_metrics(self.settings.alarms, batch.step, metrics)
             self._set_noise_floor(metrics["logprob_gap_p95"])
             self.recording.save(batch, policy.gather_student_logprobs)
+            samples = self._samples(batch, policy) if self.keeps_samples(batch.step) else []
         every = self.settings.evaluate.every
         if last or (every and done % every == 0):
             self.evaluate("after" if last else "step", done)
@@ -118,12 +120,26 @@ class Run:
             "tokens_per_second": metrics["response_tokens"] / seconds,
         }
         self.monitor.step(metrics)
-        every = self.settings.logging.samples_every
-        if every and batch.step % every == 0:
-            self.monitor.samples(done, self.verification.checked)
+        self.monitor.samples(samples)
         if last:
             self.monitor.summary()
             self.verification.close()
+
+    def keeps_samples(self, step: int) -> bool:
+        """Some of this step's responses go to samples.jsonl."""
+        every = self.settings.logging.samples_every
+        return every > 0 and step % every == 0
+
+    def _samples(self, batch: Batch, policy: PolicyStep) -> list[dict[str, Any]]:
+        return sample_lines(
+            batch,
+            self.verification.checked,
+            self.settings.logging.samples,
+            policy.gather_student_logprobs(),
+            policy.signals,
+            policy.method,
+            self.inputs.tokenizer,
+        )
 
     def _set_noise_floor(self, logprob_gap: float) -> None:
         """For the next step, where the setting is `auto`."""

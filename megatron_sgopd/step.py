@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megatron_sgopd.run import Run
 
 
-SCORES = ("teacher_logprobs_T", "reference_logprobs_T")
+SCORES = ("teacher_logprobs_T", "teacher_ranks_T", "reference_logprobs_T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Batch:
     rows: PackedRows | None = None
     teacher_logprobs_T: torch.Tensor | None = None
     """q_t: float32, nats."""
+    teacher_ranks_T: torch.Tensor | None = None
+    """int64: place of the token in the teacher's order of preference, from 1 on; only taken in steps whose responses
+    are kept."""
     reference_logprobs_T: torch.Tensor | None = None
     """r_t: float32, nats; None also where the reference is the live student."""
     outcomes_N: torch.Tensor | None = None
@@ -144,9 +147,10 @@ def score_teacher(run: Run, batch: Batch) -> Batch:
         return batch  # recorded; `full` needs more of the teacher than was
     assert batch.rows is not None
     with run.clock("teacher"):
-        logprobs_T = run.teacher.score(batch.rows, run.settings.rollout.temperature)
+        keeps = run.keeps_samples(batch.step)
+        logprobs_T, ranks_T = run.teacher.score(batch.rows, run.settings.rollout.temperature, keeps)
         alarms.check_teacher(run.settings.alarms, logprobs_T, run.student.architecture.vocab_size)
-    return replace(batch, teacher_logprobs_T=logprobs_T)
+    return replace(batch, teacher_logprobs_T=logprobs_T, teacher_ranks_T=ranks_T)
 
 
 def score_reference(run: Run, batch: Batch) -> Batch:
@@ -155,7 +159,7 @@ def score_reference(run: Run, batch: Batch) -> Batch:
         return batch
     assert batch.rows is not None
     with run.clock("reference"):
-        logprobs_T = run.reference.score(batch.rows, run.settings.rollout.temperature)
+        logprobs_T, _ = run.reference.score(batch.rows, run.settings.rollout.temperature)
     return replace(batch, reference_logprobs_T=logprobs_T)
 
 

@@ -69,6 +69,20 @@ def target_logprobs(
     return _TargetLogprobs.apply(hidden_TH, weight_VH, targets_T, head, with_entropy)
 
 
+@torch.no_grad()
+def target_ranks(
+    hidden_TH: torch.Tensor, head: OutputHead, targets_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """s_t, and each target's place among the logits: int64 [T], 1 + the number of tokens with a greater one, so 1
+    for the model's first choice. Costs one more pass over each chunk's logits, and no matmul.
+
+    Args:
+        hidden_TH, targets_T: as in `target_logprobs`; the rank of a target outside [0, vocab_size) means nothing.
+    """
+    scores = _score(_Shard(hidden_TH, head.weight_VH, targets_T, head), with_ascent=False, with_ranks=True)
+    return scores.logprobs_T, scores.ranks_T
+
+
 def fused_policy_loss(
     hidden_TH: torch.Tensor,
     head: OutputHead,
@@ -190,6 +204,12 @@ class _Shard:
         """exp(logits / tau - shift), in place."""
         return torch.add(-shift_C[:, None], logits_CV, alpha=self.inverse_temperature, out=logits_CV).exp_()
 
+    def ranks(self, logits_CV: torch.Tensor, span: slice) -> torch.Tensor:
+        """int64 [C]: 1 + how many logits of all ranks are greater than the target's."""
+        target_C = logits_CV.gather(1, self.index_T[span, None])[:, 0]
+        target_C = self.reduce(torch.where(self.owned_T[span], target_C, 0))
+        return self.reduce((logits_CV > target_C[:, None]).sum(-1)) + 1
+
     def residuals(self, exponentials_CV: torch.Tensor, sums_C: torch.Tensor, span: slice) -> torch.Tensor:
         """(softmax - onehot) * sums for exponentials with these sums, in place where no cast is needed.
 
@@ -230,13 +250,18 @@ class _Scores:
     coefficients_T: torch.Tensor
     weight_grad_VH: torch.Tensor
     """Gradient of -sum_t c_t s_t."""
+    ranks_T: torch.Tensor
 
     def entropy_T(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vecdot(hidden_TH.to(self.ascent_TH.dtype), self.ascent_TH) - self.logprobs_T
 
 
 def _score(
-    shard: _Shard, with_ascent: bool, coefficients: Coefficients | None = None, with_weight_grad: bool = False
+    shard: _Shard,
+    with_ascent: bool,
+    coefficients: Coefficients | None = None,
+    with_weight_grad: bool = False,
+    with_ranks: bool = False,
 ) -> _Scores:
     tokens, hidden_size = shard.hidden_TH.shape
 
@@ -249,8 +274,11 @@ def _score(
         ascent_TH=zeros(tokens if with_ascent else 0, hidden_size),
         coefficients_T=zeros(tokens if coefficients else 0),
         weight_grad_VH=zeros(len(shard.weight_VH) if with_weight_grad else 0, hidden_size),
+        ranks_T=shard.index_T.new_zeros(tokens if with_ranks else 0),
     )
     for span, hidden_CH, logits_CV in shard.chunks():
+        if with_ranks:
+            scores.ranks_T[span] = shard.ranks(logits_CV, span)
         max_C = shard.reduce(logits_CV.amax(-1), dist.ReduceOp.MAX) * shard.inverse_temperature
         target_C = logits_CV.gather(1, shard.index_T[span, None])[:, 0] * shard.inverse_temperature
         target_C = torch.where(shard.owned_T[span], target_C, 0)

@@ -58,10 +58,10 @@ class PolicyStep:
             teacher: where the method's estimator is `full`; has scored these rows and keeps its hidden states.
         """
         self._student = student
-        self._signals = signals
+        self.signals = signals
         self._outcomes_T = outcomes_T
         self._counted_T = counted_T
-        self._method = method
+        self.method = method
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._teacher = teacher
@@ -71,13 +71,13 @@ class PolicyStep:
 
     def next_update(self) -> PolicyStep:
         """The next update on the same batch, by importance ratios to the policy before this one, the first."""
-        signals = dataclasses.replace(self._signals, old_logprobs_T=self.gather_student_logprobs())
+        signals = dataclasses.replace(self.signals, old_logprobs_T=self.gather_student_logprobs())
         return PolicyStep(
             self._student,
             signals,
             self._outcomes_T,
             self._counted_T,
-            self._method,
+            self.method,
             self._temperature,
             self._chunk_tokens,
             self._teacher,
@@ -112,21 +112,21 @@ class PolicyStep:
             self._chunk_tokens,
         )
         hidden_TH = response_hidden(hidden_states, config, groups.tp, context)
-        signals = self._signals[context.span].to(hidden_TH.device)
+        signals = self.signals[context.span].to(hidden_TH.device)
         if signals.imitation_T is not None and groups.tp.rank() == 0:
             hidden_TH.register_hook(lambda grad_TH: self._collect_grad(grad_TH, signals))
         entropy_T, full_kl_T = None, None
-        if self._method.estimator == "full":
+        if self.method.estimator == "full":
             loss, logprobs_T, full_kl_T = self._full_loss(hidden_TH, head, context, signals)
-        elif self._method.needs_whole_responses:
+        elif self.method.needs_whole_responses:
             logprobs_T, entropy_T = target_logprobs(hidden_TH, head, context.targets_T, with_entropy=True)
-            loss = policy_loss(logprobs_T, signals, self._method, normalizer=1.0)
+            loss = policy_loss(logprobs_T, signals, self.method, normalizer=1.0)
         else:
             loss, logprobs_T, entropy_T = fused_policy_loss(
                 hidden_TH,
                 head,
                 context.targets_T,
-                lambda logprobs_C, chunk: coefficients(logprobs_C, signals[chunk], self._method, normalizer=1.0),
+                lambda logprobs_C, chunk: coefficients(logprobs_C, signals[chunk], self.method, normalizer=1.0),
                 with_entropy=True,
             )
         self._collect(logprobs_T.detach(), entropy_T, full_kl_T, signals, context)
@@ -142,7 +142,7 @@ class PolicyStep:
             head,
             batch.targets_T,
             teacher,
-            lambda logprobs_C, chunk: full_coefficients(logprobs_C, signals[chunk], self._method),
+            lambda logprobs_C, chunk: full_coefficients(logprobs_C, signals[chunk], self.method),
         )
 
     def _collect_grad(self, grad_TH: torch.Tensor, signals: TokenSignals) -> None:
@@ -162,8 +162,8 @@ class PolicyStep:
     def _sums(
         self, logprobs_T: Any, signals: TokenSignals, outcomes_T: torch.Tensor, entropy_T: Any, full_kl_T: Any
     ) -> Sums:
-        update = token_update(logprobs_T, signals, self._method)
-        sums = metric_sums(logprobs_T, signals, update, outcomes_T.to(logprobs_T.device), entropy_T, self._method)
+        update = token_update(logprobs_T, signals, self.method)
+        sums = metric_sums(logprobs_T, signals, update, outcomes_T.to(logprobs_T.device), entropy_T, self.method)
         if full_kl_T is not None:
             sums["full_kl"] = full_kl_T[signals.mask_T].double().sum()
         return sums
@@ -171,8 +171,8 @@ class PolicyStep:
     def metrics(self) -> dict[str, float]:
         """Token statistics of the step over all ranks, on every rank."""
         nothing = torch.zeros(0, dtype=torch.float32, device=current().device)
-        entropy_T, full_kl_T = (None, nothing) if self._method.estimator == "full" else (nothing, None)
-        empty = self._sums(nothing, self._signals[:0].to(nothing.device), nothing, entropy_T, full_kl_T)
+        entropy_T, full_kl_T = (None, nothing) if self.method.estimator == "full" else (nothing, None)
+        empty = self._sums(nothing, self.signals[:0].to(nothing.device), nothing, entropy_T, full_kl_T)
         sums = add_sums([empty, *self._parts])
         sums["grad_squares"] = torch.stack([sums["tokens"].new_zeros(2), *self._grad_squares]).sum(0)
         for operation, is_max in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
@@ -182,7 +182,7 @@ class PolicyStep:
             for name, part in zip(names, flat.split([sums[name].numel() for name in names]), strict=True):
                 sums[name] = part.view(sums[name].shape)
         metrics = metrics_from_sums(sums)
-        if self._signals.imitation_T is not None:
+        if self.signals.imitation_T is not None:
             # At the last hidden states, where both sources can be told apart without a second backward pass.
             norms = (sums["grad_squares"].sqrt() / self._counted_T.sum()).tolist()
             metrics |= dict(zip(("hidden_grad_norm_student", "hidden_grad_norm_teacher"), norms, strict=True))

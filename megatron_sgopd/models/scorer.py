@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sgopd.models.architecture import Architecture
-from megatron_sgopd.models.logprobs import OutputHead, target_logprobs
+from megatron_sgopd.models.logprobs import OutputHead, target_logprobs, target_ranks
 from megatron_sgopd.models.microbatch import Microbatch, forward, microbatches, output_head, response_hidden
 from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
 from megatron_sgopd.models.weights import load_weights
@@ -76,15 +76,18 @@ class Scorer:
         return self._groups.dp.size()
 
     @torch.no_grad()
-    def score(self, rows: PackedRows, temperature: float) -> torch.Tensor:
+    def score(
+        self, rows: PackedRows, temperature: float, with_ranks: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs of all response tokens, on every rank.
 
         Args:
             rows: the step's packed rows, the same on every rank; their number is a multiple of
                 `data_parallel_size` times the rows of a microbatch.
+            with_ranks: also each token's place in the model's order of preference.
 
         Returns:
-            float32 [T] in nats, on the host.
+            float32 [T] in nats and, if asked for, int64 [T] from 1 on, both on the host.
         """
         self.forwards += 1
         self._kept.clear()
@@ -95,7 +98,7 @@ class Scorer:
         parts = microbatches(rows, start, start + share, self._rows_per_microbatch)
         schedule = get_forward_backward_func(self._groups.pp.size(), None)
         outputs = schedule(
-            forward_step_func=self._forward_step(temperature),
+            forward_step_func=self._forward_step(temperature, with_ranks),
             data_iterator=parts,
             model=self._model,
             num_microbatches=share // self._rows_per_microbatch,
@@ -108,20 +111,21 @@ class Scorer:
         )
         if self._offload:
             self._model.to("cpu")
-        # Ranks that hold no result add zeros: one all-reduce of 4 bytes a token.
-        logprobs_T = torch.zeros(rows.offsets_R1[-1], dtype=torch.float32, device=current().device)
+        # Ranks that hold no result add zeros: one all-reduce. float32 holds every rank up to 2^24 exactly.
+        found_KT = torch.zeros(1 + with_ranks, rows.offsets_R1[-1], dtype=torch.float32, device=current().device)
         if self._last_stage and self._groups.tp.rank() == 0:
-            for span, part in outputs:
-                logprobs_T[span] = part
-        dist.all_reduce(logprobs_T)
-        return logprobs_T.cpu()
+            for span, part_KT in outputs:
+                found_KT[:, span] = part_KT
+        dist.all_reduce(found_KT)
+        found_KT = found_KT.cpu()
+        return found_KT[0], found_KT[1].long() if with_ranks else None
 
     def head(self, span: slice) -> tuple[torch.Tensor, OutputHead]:
         """Hidden states and output layer of a microbatch that was scored last, on the ranks of the last stage."""
         return self._kept[span.start]
 
-    def _forward_step(self, temperature: float) -> Any:
-        def logprobs(hidden_states: Any, output_layer: Any, output_weight: Any, context: Microbatch, **_: Any) -> Any:
+    def _forward_step(self, temperature: float, with_ranks: bool) -> Any:
+        def scores(hidden_states: Any, output_layer: Any, output_weight: Any, context: Microbatch, **_: Any) -> Any:
             head = output_head(
                 output_layer,
                 output_weight,
@@ -133,11 +137,14 @@ class Scorer:
             hidden_TH = response_hidden(hidden_states, self._config, self._groups.tp, context)
             if self._keeps_hidden:
                 self._kept[context.span.start] = hidden_TH, head
-            return target_logprobs(hidden_TH, head, context.targets_T)[0]
+            if with_ranks:
+                logprobs_T, ranks_T = target_ranks(hidden_TH, head, context.targets_T)
+                return torch.stack([logprobs_T, ranks_T.to(logprobs_T.dtype)])
+            return target_logprobs(hidden_TH, head, context.targets_T)[0][None]
 
         def forward_step(data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
             batch = next(data_iterator)
-            output = forward(model, batch, logprobs, batch)
+            output = forward(model, batch, scores, batch)
             return output, lambda output, non_loss_data: (batch.span, output)
 
         return forward_step

@@ -16,8 +16,7 @@ from rich.table import Table
 from megatron_sgopd.config import Settings
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console, read_json_lines
-from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank
-from megatron_sgopd.verify.base import VerifierResult
+from megatron_sgopd.rollout.trajectory import from_first_rank
 
 
 class Monitor:
@@ -56,24 +55,16 @@ class Monitor:
             f"left {timedelta(seconds=round(left))}"
         )
 
-    def samples(self, step: int, checked: Sequence[tuple[Trajectory, str, VerifierResult]], count: int = 3) -> None:
-        """Show and keep some responses with their outcomes."""
+    def samples(self, lines: Sequence[dict[str, Any]], shown: int = 3) -> None:
+        """Keep some responses with their outcomes, and show the first of them."""
         if not self._writes:
             return
-        for trajectory, text, result in checked[:count]:
-            line = {
-                "step": step,
-                "prompt": trajectory.prompt.text,
-                "response": text,
-                "answer": trajectory.prompt.answer,
-                "outcome": result.outcome,
-                "reason": result.reason,
-                "extracted": result.extracted,
-            }
+        for line in lines:
             _append(self._folder / SAMPLES, line)
-            mark = "[green]right[/green]" if result.outcome else f"[red]{escape(result.reason)}[/red]"
+        for line in lines[:shown]:
+            mark = "[green]right[/green]" if line["outcome"] else f"[red]{escape(line['reason'])}[/red]"
             # repr: a response may hold terminal control sequences.
-            self._console.print(f"  {mark}  {escape(repr(text))}  (answer {escape(trajectory.prompt.answer)})")
+            self._console.print(f"  {mark}  {escape(repr(line['response']))}  (answer {escape(line['answer'])})")
 
     def evaluation(self, name: str, step: int, responses: Responses) -> None:
         """Record the scores on the held-out problems: `before`, `teacher`, `step` or `after`."""

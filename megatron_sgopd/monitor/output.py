@@ -52,9 +52,21 @@ def libraries_write_to(log: Path) -> Iterator[Console]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that a run writes; the last one may have been cut off with it."""
+    """The whole lines of a file that a run writes; the last one may have been cut off with it.
+
+    Raises:
+        ConfigError: another line is no JSON.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number} is not JSON ({error}): mend or remove that line") from None
+    return found
 
 
 @dataclass

@@ -14,6 +14,7 @@ from megatron_sgopd.models.logprobs import (
     fused_full_loss,
     fused_policy_loss,
     target_logprobs,
+    target_ranks,
 )
 
 HIDDEN = 6
@@ -45,6 +46,7 @@ def _check_all() -> None:
             _check_sequence_parallel(form, group)
         for tokens, vocab, padded_vocab in ((12, 29, 32), (12, 9, 32), (0, 29, 32)):
             _check_full(group, tokens, vocab, padded_vocab)
+            _check_ranks(group, tokens, vocab, padded_vocab)
         _check_collectives(group)
     dist.destroy_process_group()
 
@@ -141,6 +143,18 @@ def _check_full(group: dist.ProcessGroup, tokens: int, vocab: int, padded_vocab:
     hidden_actual_TH, weight_actual_VH = torch.autograd.grad(outputs[0], (hidden_TH, shard_VH))
     _assert_equal(hidden_actual_TH, hidden_grad_TH)
     _assert_equal(weight_actual_VH, weight_grad_VH.chunk(group.size())[group.rank()])
+
+
+def _check_ranks(group: dist.ProcessGroup, tokens: int, vocab: int, padded_vocab: int) -> None:
+    """Against a sort of all logits; padding is never ahead of anything."""
+    hidden_TH, weight_VH, targets_T, _ = _inputs(tokens, vocab, padded_vocab)
+    logits_TV = hidden_TH @ weight_VH[:vocab].T
+    order_TV = logits_TV.argsort(dim=1, descending=True)
+    expected_T = (order_TV == targets_T[:, None]).int().argmax(1) + 1
+    head = OutputHead(_shard(weight_VH, group), vocab, group, chunk_tokens=5, temperature=0.7)
+    logprobs_T, ranks_T = target_ranks(hidden_TH, head, targets_T)
+    assert ranks_T.dtype == torch.int64 and torch.equal(ranks_T, expected_T)
+    _assert_equal(logprobs_T, (logits_TV / 0.7).log_softmax(-1).gather(1, targets_T[:, None])[:, 0])
 
 
 class _GatherWithSplitBackward(torch.autograd.Function):

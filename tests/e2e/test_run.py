@@ -5,6 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from .conftest import Finished, start, succeed
@@ -49,6 +50,36 @@ EVERY_METRIC = [
     *("advantage", "advantage_p50", "agree_right", "agree_wrong", "abs_delta_agree"),
     *("tokens_per_second", "seconds", "unexplained_share"),
 ]
+
+
+def test_samples_hold_what_the_objective_did_to_each_token(main_run: Finished):
+    lines = [json.loads(line) for line in (main_run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [step for step in range(1, 12, 2) for _ in range(8)]
+    recorded, batch = main_run.recorded(0), main_run.recorded_text(0)
+    starts = np.cumsum([0, *(len(t["token_ids"]) for t in batch["trajectories"])])
+    texts = {prompt["text"]: i for i, prompt in enumerate(batch["prompts"])}
+    for line in (line for line in lines if line["step"] == 1):
+        tokens = line["tokens"]
+        [k, *_] = [  # of equal responses to one prompt, any
+            k
+            for k, t in enumerate(batch["trajectories"])
+            if t["prompt"] == texts[line["prompt"]]
+            and len(t["token_ids"]) == len(tokens["text"])
+            and np.allclose(t["behaviour"], tokens["behaviour"], atol=6e-5)
+        ]
+        span = slice(starts[k], starts[k + 1])
+        for name in ("student", "teacher", "reference"):
+            # Rounded to four digits; s is that of the training forward, the same tensor that is recorded.
+            np.testing.assert_allclose(tokens[name], recorded[f"{name}_logprobs_T"][span].numpy(), atol=6e-5)
+        assert tokens["rank"] == recorded["teacher_ranks_T"][span].tolist()
+        delta = np.subtract(tokens["teacher"], tokens["student"])
+        np.testing.assert_allclose(tokens["delta"], delta, atol=2e-4)
+        agrees = np.sign(tokens["delta"]) * np.sign(line["outcome_advantage"]) > 0
+        assert [letter == "a" for letter in tokens["gate"]] == agrees.tolist()
+        assert "".join(tokens["text"]).startswith(line["response"])
+        # A token that has more than half of the teacher's probability is its first choice.
+        assert all(rank == 1 for rank, q in zip(tokens["rank"], tokens["teacher"], strict=True) if q > -0.69)
+        assert all(rank > 1 for rank, q in zip(tokens["rank"], tokens["teacher"], strict=True) if q < -6)
 
 
 def test_rollouts_come_from_the_policy_that_is_trained(main_run: Finished):
