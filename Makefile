@@ -1,4 +1,4 @@
-.PHONY: demo test test-long test-checkpoints lint setup models compare
+.PHONY: demo test test-long test-checkpoints test-browser lint setup models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -11,6 +11,9 @@ test-long: setup  ## the few tests that `make test` leaves out for their length
 
 test-checkpoints: setup  ## conversion only; part of `make test`
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/checkpoints
+
+test-browser: setup  ## the report in Chromium; part of `make test` where chromium and chromium-driver are installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/e2e/test_report.py
 
 lint: setup  ## style and types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

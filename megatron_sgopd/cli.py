@@ -22,6 +22,7 @@ from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.output import LOGS, SUMMARY
 from megatron_sgopd.processes import adopt_slurm_ranks, die_with_parent
+from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add_teacher_rollouts(commands)
     add_eval(commands)
     add_compare(commands)
+    add_report(commands)
     add_commands(commands)
     return parser
 
