@@ -15,7 +15,7 @@ from megatron_sgopd.processes import die_with_parent
 
 def main() -> int:
     """Parse Megatron's and the plugin's flags, and train."""
-    die_with_parent()  # torchrun gives each rank a session of its own, which a killed job would leave behind
+    die_with_parent()
     settings = register()
     with reporting_errors(settings.run_dir, settings.logging.quiet) as result:
         from megatron.core.enums import ModelType

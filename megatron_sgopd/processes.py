@@ -12,7 +12,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    """Have the kernel kill this process when its parent ends, however that ends (Linux).
+
+    torchrun gives each rank a session of its own, which a killed job would leave behind.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -23,6 +26,7 @@ def joined_ranks() -> Iterator[int]:
 
     adopt_slurm_ranks()
     if "RANK" in os.environ:
+        die_with_parent()
         dist.init_process_group()
     else:
         # vLLM looks for a launcher's variables too, and connects to nothing where there is one rank.

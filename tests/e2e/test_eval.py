@@ -53,8 +53,9 @@ def test_problems_that_training_has_shown_are_found() -> None:
     assert overlapping(problems, []) == []
 
 
-def run_eval(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_sgopd.cli", "eval", *map(str, arguments)]
+def run_eval(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_sgopd.cli", "eval", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=REPOSITORY)
 
 
@@ -103,6 +104,20 @@ def test_a_run_is_evaluated_by_its_own_recipe(main_run: Finished, tmp_path: Path
     lines = [json.loads(line) for line in (main_run.folder / "evaluations.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["before", "after"]
     assert all(set(line["scores"]) == {"avg@2", "pass@2", "maj@2"} for line in lines)
+
+
+@pytest.mark.long
+def test_two_ranks_share_the_problems_and_find_the_same(main_run: Finished, tmp_path: Path) -> None:
+    results, banks = [], []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks_{ranks}"
+        result = run_eval(main_run.folder, "--out", out, "--samples", 4, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("32 of 32 rollouts") == 1, "one rank speaks"
+        results.append((out / "results.json").read_bytes())
+        bank = RolloutBank(out / "heldout")
+        banks.append([bank.of(f"problem {number}") for number in range(8)])
+    assert results[0] == results[1] and banks[0] == banks[1]
 
 
 @pytest.mark.parametrize(

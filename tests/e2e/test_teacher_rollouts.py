@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_sgopd.objective.schedule import TeacherSchedule
@@ -148,9 +149,11 @@ AHEAD = {"data.train.size": 400, "data.heldout": None, "rollout.cache_gib": 0.25
 SAMPLES = 16
 
 
-def fill(folder: Path, *arguments: str, samples: int = SAMPLES) -> subprocess.Popen[str]:
-    settings = AHEAD | {"teacher_rollouts.samples": samples}
-    command = [sys.executable, "-m", "megatron_sgopd.cli", "teacher-rollouts", str(RECIPE), "--bank", str(folder)]
+def fill(folder: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
+    settings = AHEAD | {"teacher_rollouts.samples": SAMPLES}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_sgopd.cli"]
+    command += ["teacher-rollouts", str(RECIPE), "--bank", str(folder)]
     for name, value in settings.items():
         command += ["--set", f"{name}={json.dumps(value)}"]
     return subprocess.Popen(
@@ -202,6 +205,37 @@ def test_killing_a_worker_loses_no_finished_problem_and_doubles_none(
         assert [rollout.sample for rollout in rollouts] == list(range(SAMPLES))
         differing += len({rollout.token_ids for rollout in rollouts}) > 1
     assert differing > 100, "samples have seeds of their own"
+
+
+@pytest.mark.long
+def test_a_worker_of_two_ranks_killed_at_many_moments_fills_the_same_bank(
+    bank_ahead: tuple[Path, dict[str, list[StoredRollout]]], tmp_path: Path
+) -> None:
+    folder, finished, attempts = tmp_path / "bank", dict[str, list[StoredRollout]](), 0
+    while True:
+        worker = fill(folder, "--all", ranks=2)
+        try:  # from while the engines are built to after the last part
+            _, errors = worker.communicate(timeout=8 + 4 * attempts)
+            assert worker.returncode == 0, errors
+        except subprocess.TimeoutExpired:
+            started = psutil.Process(worker.pid).children(recursive=True)
+            worker.kill()
+            worker.communicate()
+            _, alive = psutil.wait_procs(started, timeout=30)
+            assert not alive, "ranks outlive their launcher"
+        attempts += 1
+        bank = RolloutBank(folder)
+        for problem, rollouts in finished.items():
+            assert bank.of(problem) == rollouts, "lost, doubled or made again"
+        finished = {problem: bank.of(problem) for problem in bank._places}
+        if worker.returncode == 0:
+            break
+        assert attempts < 15
+    assert attempts > 3
+    theirs = RolloutBank(bank_ahead[0])
+    assert bank.rollouts == theirs.rollouts == 400 * SAMPLES
+    for number in range(400):
+        assert bank.of(f"problem {number}") == theirs.of(f"problem {number}"), "who makes a rollout decides nothing"
 
 
 @pytest.mark.long
