@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.compare.table import Cell, Variant, results_table, sweep_table, verdict
+from megatron_sgopd.compare.table import Cell, Variant, best_rate, results_table, sweep_table, verdict
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, read_json_lines
 from megatron_sgopd.processes import die_with_parent
@@ -54,7 +52,7 @@ def compare(arguments: argparse.Namespace) -> int:
     rates: dict[str, dict[float, list[float]]] = {}
     if grid:
         rates = _sweep(runner, variants, grid, arguments)
-    chosen = {name: _best(found) for name, found in rates.items()}
+    chosen = {name: best_rate(found) for name, found in rates.items()}
     jobs = [
         runner.job(name, settings, chosen.get(name), FIRST_SEED + offset, "cells")
         for offset in range(arguments.seeds)
@@ -139,14 +137,6 @@ def _sweep(
         if cell is not None and job.learning_rate is not None:
             rates[job.variant][job.learning_rate].append(cell.pass_rate)
     return rates
-
-
-def _best(found: dict[float, list[float]]) -> float | None:
-    """The learning rate with the highest mean; one at which a run failed is not taken while another has all."""
-    most = max(len(rates) for rates in found.values())
-    if most == 0:
-        return None
-    return max((rate for rate, rates in found.items() if len(rates) == most), key=lambda rate: np.mean(found[rate]))
 
 
 class _Runner:

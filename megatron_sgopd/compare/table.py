@@ -93,7 +93,18 @@ def sweep_table(rates: Mapping[str, Mapping[float, Sequence[float]]]) -> list[st
     for name, found in rates.items():
         cells = (f"{np.mean(found[rate]):.1%}" if found.get(rate) else "failed" for rate in grid)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    edge = [name for name, found in rates.items() if best_rate(found) in (grid[0], grid[-1])]
+    if edge:
+        lines += ["", f"At the edge of the sweep, so that a better one may lie outside: {', '.join(edge)}."]
     return lines
+
+
+def best_rate(found: Mapping[float, Sequence[float]]) -> float | None:
+    """The learning rate with the highest mean; one at which a run failed is not taken while another has all."""
+    most = max(len(rates) for rates in found.values())
+    if most == 0:
+        return None
+    return max((rate for rate, rates in found.items() if len(rates) == most), key=lambda rate: np.mean(found[rate]))
 
 
 def verdict(variants: Sequence[Variant], baseline: str) -> str:

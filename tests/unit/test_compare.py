@@ -74,4 +74,7 @@ def test_the_sweep_is_shown_with_what_failed() -> None:
         "|---|---|---|",
         "| a | 50.0% | failed |",
         "| b | 50.0% | 100.0% |",
+        "",
+        "At the edge of the sweep, so that a better one may lie outside: a, b.",
     ]
+    assert len(sweep_table({"a": {1e-4: [0.1], 1e-3: [0.5], 1e-2: [0.2]}})) == 3, "the best is between others"
