@@ -13,6 +13,7 @@ test-checkpoints: setup  ## conversion only; part of `make test`
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/checkpoints
 
 test-browser: setup  ## the report in Chromium; part of `make test` where chromium and chromium-driver are installed
+	@command -v chromedriver >/dev/null || { echo "Chromium is missing: apt-get install chromium-driver" >&2; exit 1; }
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/e2e/test_report.py
 
 lint: setup  ## style and types

@@ -237,7 +237,7 @@ class LoggingSettings:
     samples_every: int = Field(default=10, ge=0)
     """Steps between those of which some responses are printed and kept; 0: never."""
     samples: int = Field(default=8, ge=1)
-    """Responses kept of such a step, with the numbers behind each of their tokens."""
+    """Most responses kept of such a step, with the numbers behind each of their tokens; of the first rank's share."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
     record: str | None = None

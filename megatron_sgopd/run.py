@@ -131,11 +131,14 @@ class Run:
         return every > 0 and step % every == 0
 
     def _samples(self, batch: Batch, policy: PolicyStep) -> list[dict[str, Any]]:
+        student_logprobs_T = policy.gather_student_logprobs()
+        if dist.get_rank() > 0:
+            return []
         return sample_lines(
             batch,
             self.verification.checked,
             self.settings.logging.samples,
-            policy.gather_student_logprobs(),
+            student_logprobs_T,
             policy.signals,
             policy.method,
             self.inputs.tokenizer,

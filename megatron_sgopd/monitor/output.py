@@ -86,6 +86,8 @@ def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
     rank = os.environ.get("RANK", "0")
     logs = Path(run_dir) / LOGS
     logs.mkdir(parents=True, exist_ok=True)
+    error_file = logs / f"rank-{rank}.error"
+    error_file.unlink(missing_ok=True)  # an earlier attempt's
     if quiet:
         _redirect(logs / f"rank-{rank}.log")
     result = Result()
@@ -94,9 +96,9 @@ def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
     except SystemExit as exit_:  # Megatron leaves this way over a flag that it does not know
         result.code = exit_.code if isinstance(exit_.code, int) else 1
         if result.code:
-            (logs / f"rank-{rank}.error").write_text(f"Megatron ended it with exit code {result.code}")
+            error_file.write_text(f"Megatron ended it with exit code {result.code}")
     except Exception as error:
         result.code = {ConfigError: 2, Alarm: 3}.get(type(error), 1)
         message = traceback.format_exc() if result.code == 1 else str(error)
         traceback.print_exc()
-        (logs / f"rank-{rank}.error").write_text(message)
+        error_file.write_text(message)

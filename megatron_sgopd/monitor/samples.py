@@ -40,7 +40,8 @@ def sample_lines(
         For each response its step (from 1 on), texts and outcome, `outcome_advantage` (o_i), whether it was `trained`
         on, and under `tokens` one entry for each token: `text`, where one that completes no character has none;
         log-probs in nats of `student` (s), `teacher` (q), `reference` (r) and `behaviour` (b), None where there are
-        none; `delta`, `advantage` (A), `gate` as a string of a, c and n; and `rank` under the teacher.
+        none; `rank` under the teacher; `delta`, `advantage` (A) and `gate`, a string of a, c and n, all None where the
+        response was left out of training. An empty response has no `outcome_advantage`.
     """
     assert batch.rows is not None and batch.trajectories is not None
     order_T = batch.rows.trajectory_order()
@@ -58,13 +59,16 @@ def sample_lines(
     for trajectory in batch.trajectories:
         starts[trajectory.prompt.id, trajectory.sample] = start
         start += len(trajectory.token_ids)
-    lines = []
-    for trajectory, text, result in checked[:: -(-len(checked) // count) or 1]:
+    lines, kept = [], min(count, len(checked))
+    for trajectory, text, result in (checked[i * len(checked) // kept] for i in range(kept)):
         first = starts[trajectory.prompt.id, trajectory.sample]
         index_L = order_T[first : first + len(trajectory.token_ids)]
         tokens: dict[str, Any] = {"text": token_texts(tokenizer, trajectory.token_ids)}
         tokens |= {name: None if value is None else _numbers(value[index_L]) for name, value in numbers.items()}
         tokens["gate"] = "".join(GATE_LETTERS[int(c)] for c in update.classes_T[index_L].tolist())
+        trained = bool(signals.mask_T[index_L].any())
+        if not trained:  # the objective did nothing to them
+            tokens |= dict.fromkeys(("delta", "advantage", "gate"))
         lines.append(
             {
                 "step": batch.step + 1,
@@ -74,10 +78,8 @@ def sample_lines(
                 "outcome": result.outcome,
                 "reason": result.reason,
                 "extracted": result.extracted,
-                "outcome_advantage": round(float(signals.outcome_advantage_T[index_L[0]]), _DIGITS)
-                if len(index_L)
-                else 0.0,
-                "trained": bool(signals.mask_T[index_L].any()),
+                "outcome_advantage": _numbers(signals.outcome_advantage_T[index_L[:1]])[0] if len(index_L) else None,
+                "trained": trained,
                 "tokens": tokens,
             }
         )

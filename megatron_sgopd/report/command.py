@@ -19,12 +19,12 @@ def add_command(commands: Any) -> None:
         "by the gate's verdict. Runs that differ in seed and run_dir alone share one curve. A run may still be going "
         "on; with --live the page is served on this machine alone, and follows it.",
         epilog="Example: megatron-sgopd report runs/compare/cells/*/*  ·  To see a job on a cluster's node: "
-        "megatron-sgopd report --live RUN there, and ssh -L 6010:localhost:6010 NODE here.",
+        "megatron-sgopd report --live RUN there, and ssh -L 8765:localhost:8765 NODE here.",
     )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders (run_dir of a recipe)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html; of many: report.html)")
     command.add_argument("--live", action="store_true", help="serve the page and keep it up to date, until Ctrl-C")
-    command.add_argument("--port", type=int, default=6010, metavar="N", help="port of --live (6010); 0: any free one")
+    command.add_argument("--port", type=int, default=8765, metavar="N", help="port of --live (8765); 0: any free one")
     command.set_defaults(run=_report)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sgopd.compare.table import interval
-from megatron_sgopd.report.runs import RunFolder
+from megatron_sgopd.report.runs import RunFolder, read_run, read_samples
 
-SAMPLE_TOKENS = 150_000
-"""Tokens of sampled responses on a page, about 15 bytes each; keeps it below 10 MB."""
+SAMPLE_BYTES = 12_000_000
+"""Of samples.jsonl that a page shows, over all its runs; packing makes a fourth of them."""
 SERIES_POINTS = 1000
+"""Of a page's series, over all its runs, where each has at least FEWEST_POINTS."""
+FEWEST_POINTS = 50
 CURVE_POINTS = 40
 _FEWEST_STEPS = 4
 """Of a point of the training curve: the spread of its steps makes its interval."""
@@ -25,20 +27,25 @@ _RESAMPLES = 2000
 _DIGITS = 5
 
 
-def contents(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Everything that a page shows about these runs."""
+def contents(paths: Sequence[Path]) -> dict[str, Any]:
+    """Everything that a page shows about these run folders.
+
+    Raises:
+        ConfigError: one of them is none, or broken.
+    """
+    runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
     names = _names([run.path for run in runs])
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         groups.setdefault(_same_but_for_seed(run), []).append(index)
-    budget = SAMPLE_TOKENS // len(runs)
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "groups": [
-            _group([runs[i] for i in members], [names[i] for i in members]) | {"members": members}
+            _group([runs[i] for i in members])
+            | {"name": _group_name(names, members, runs[members[0]]), "members": members}
             for members in groups.values()
         ],
-        "runs": [_run(run, name, budget) for run, name in zip(runs, names, strict=True)],
+        "runs": [_run(run, name, len(runs)) for run, name in zip(runs, names, strict=True)],
     }
 
 
@@ -51,63 +58,81 @@ def _same_but_for_seed(run: RunFolder) -> str:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """As short as tells them apart."""
-    resolved = [path.resolve() for path in paths]
-    if len(resolved) == 1:
-        return [resolved[0].name]
-    common = os.path.commonpath(resolved)
-    return [os.path.relpath(path, common) for path in resolved]
+    if len(paths) == 1:
+        return [paths[0].name]
+    common = os.path.commonpath(paths)
+    return [os.path.relpath(path, common) for path in paths]
 
 
-def _group(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str, Any]:
-    shared = os.path.commonpath(names) if len(names) > 1 else names[0]
+def _group_name(names: Sequence[str], members: Sequence[int], first: RunFolder) -> str:
+    """The folder that its runs have for themselves, or the first of them."""
+    if len(members) == 1:
+        return names[members[0]]
+    shared = os.path.commonpath([names[i] for i in members])
+    others = [name for i, name in enumerate(names) if i not in members]
+    if not shared or any(name.startswith(f"{shared}/") for name in others):
+        shared = f"{first.recipe['sgopd']['method']}: {names[members[0]]}, …"
+    return f"{shared} ({len(members)} runs)"
+
+
+def _group(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    teacher = [line["pass_rate"] for run in runs for line in run.evaluations if line["name"] == "teacher"]
     return {
-        "name": (shared or "runs") + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
         "training": _training_curve(runs),
         "heldout": _heldout_curve(runs),
-        "teacher": _teacher(runs),
+        "teacher": _rounded(float(np.mean(teacher))) if teacher else None,
     }
 
 
 def _training_curve(runs: Sequence[RunFolder]) -> list[list[float]]:
-    """Step, mean pass rate of the steps around it, and its interval over seeds and those steps."""
-    steps = min(len(run.metrics) for run in runs)
-    values_SN = np.array([[line["pass_rate"] for line in run.metrics[:steps]] for run in runs])
+    """Middle step, pass rate with its interval over runs and the steps around it, and how many runs got there."""
+    # A step without a response of the student's has no rate.
+    by_run = [
+        {line["step"]: line["pass_rate"] for line in run.metrics if line["pass_rate"] is not None} for run in runs
+    ]
+    steps = max(run.step for run in runs)
     width = max(_FEWEST_STEPS, math.ceil(steps / CURVE_POINTS))
     points = []
-    for start in range(0, steps - steps % width, width):
-        score = interval(values_SN[:, start : start + width], resamples=_RESAMPLES)
-        middle = runs[0].metrics[start]["step"] + (width - 1) / 2
-        points.append([middle, *(_rounded(x) for x in (score.mean, score.low, score.high))])
+    for first in range(1, steps - width + 2, width):
+        members = range(first, first + width)
+        values = [[rates[step] for step in members] for rates in by_run if all(step in rates for step in members)]
+        if values:
+            score = interval(np.array(values), resamples=_RESAMPLES)
+            points.append(_point(first + (width - 1) / 2, score.mean, score.low, score.high, len(values)))
     return points
 
 
 def _heldout_curve(runs: Sequence[RunFolder]) -> list[list[float]]:
-    """Step, pass rate, and its interval over seeds and problems, at the steps that every run was evaluated at."""
-    by_run = [
-        {line["step"]: line["by_problem"] for line in run.evaluations if line["name"] != "teacher"} for run in runs
-    ]
+    """Step, pass rate with its interval over runs and problems, and how many runs were evaluated there."""
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for run in runs:
+        for line in run.evaluations:
+            if line["name"] != "teacher":
+                lines.setdefault(line["step"], []).append(line)
     points = []
-    for step in sorted(set.intersection(*(set(found) for found in by_run))):
-        score = interval(np.array([found[step] for found in by_run]), resamples=_RESAMPLES)
-        points.append([step, *(_rounded(x) for x in (score.mean, score.low, score.high))])
+    for step, found in sorted(lines.items()):
+        if len(found) == 1:  # the run has taken it
+            score = found[0]["scores"][f"avg@{found[0]['samples']}"]
+            points.append(_point(step, score["mean"], score["low"], score["high"], 1))
+        else:
+            both = interval(np.array([line["by_problem"] for line in found]), resamples=_RESAMPLES)
+            points.append(_point(step, both.mean, both.low, both.high, len(found)))
     return points
 
 
-def _teacher(runs: Sequence[RunFolder]) -> float | None:
-    rates = [line["pass_rate"] for run in runs for line in run.evaluations if line["name"] == "teacher"]
-    return _rounded(float(np.mean(rates))) if rates else None
+def _point(step: float, mean: float, low: float, high: float, runs: int) -> list[float]:
+    return [step, _rounded(mean), _rounded(low), _rounded(high), runs]
 
 
-def _run(run: RunFolder, name: str, budget: int) -> dict[str, Any]:
+def _run(run: RunFolder, name: str, runs: int) -> dict[str, Any]:
     recipe = run.recipe
-    rates = {line["name"]: line["pass_rate"] for line in run.evaluations}
-    samples, left_out = _within(run.samples, budget)
+    samples, left_out = read_samples(run.path, SAMPLE_BYTES // runs)
     alarms = list(run.alarms)
     if left_out:
-        alarms.append(
-            f"viewer: {left_out} of {len(run.samples)} sampled responses are left out, to keep the page small"
-        )
-    last = run.metrics[-1]["step"] if run.metrics else 0
+        total = left_out + len(samples)
+        alarms.append(f"tokens: {left_out} of {total} sampled responses are left out, to keep the page small")
+    # An evaluation after the last step is an earlier attempt's if there were further steps.
+    rates = {line["name"]: line["pass_rate"] for line in run.evaluations if line["step"] in (0, run.step)}
     return {
         "name": name,
         "method": recipe["sgopd"]["method"] if recipe else None,
@@ -116,27 +141,29 @@ def _run(run: RunFolder, name: str, budget: int) -> dict[str, Any]:
         "student": recipe["model"]["path"] if recipe else None,
         "teacher": recipe["teacher"]["path"] if recipe else None,
         "gap_limit": recipe["alarms"]["logprob_gap"] if recipe else None,
-        "step": last,
+        "step": run.step,
         "steps": recipe["train"]["steps"] if recipe else None,
         "ended": run.ended,
         "before": rates.get("before"),
         "after": rates.get("after"),
         "seconds": sum(line["seconds"] for line in run.metrics),
         "alarms": alarms,
-        "series": _series(run.metrics),
-        "samples": samples,
+        "series": _series(run.metrics, max(FEWEST_POINTS, SERIES_POINTS // runs)),
+        # The tokens' texts make the response's.
+        "samples": [{key: value for key, value in line.items() if key != "response"} for line in samples],
+        "samples_left_out": left_out,
     }
 
 
-def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Each logged number over the steps, a stage's seconds under `seconds/STAGE`, in at most SERIES_POINTS means."""
+def _series(metrics: Sequence[dict[str, Any]], points: int) -> dict[str, list[float | None]]:
+    """Each logged number over the steps, a stage's seconds under `seconds/STAGE`, in at most so many means."""
     lines = [
         {name: value for name, value in line.items() if isinstance(value, int | float) or value is None}
         | {f"seconds/{stage}": seconds for stage, seconds in line["stage_seconds"].items()}
         for line in metrics
     ]
     names = list(dict.fromkeys(name for line in lines for name in line))
-    width = max(1, math.ceil(len(lines) / SERIES_POINTS))
+    width = max(1, math.ceil(len(lines) / points))
     series = {}
     for name in names:
         # A stage that a step did not have took no time.
@@ -145,21 +172,6 @@ def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
         bins = [values_N[start : start + width] for start in range(0, len(values_N), width)]
         series[name] = [_rounded(float(np.mean(known))) if len(known := b[~np.isnan(b)]) else None for b in bins]
     return series
-
-
-def _within(samples: Sequence[dict[str, Any]], budget: int) -> tuple[list[dict[str, Any]], int]:
-    """Responses of steps at even distances that together have at most `budget` tokens, and how many are left out."""
-    total = sum(len(line["tokens"]["text"]) for line in samples)
-    steps = sorted({line["step"] for line in samples})
-    if total > budget:
-        count = max(1, len(steps) * budget // total)
-        steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, count)]
-    kept, tokens = [], 0
-    for line in samples:
-        tokens += len(line["tokens"]["text"]) if line["step"] in steps else 0
-        if line["step"] in steps and tokens <= budget:
-            kept.append(line)
-    return kept, len(samples) - len(kept)
 
 
 def _rounded(value: float) -> float:

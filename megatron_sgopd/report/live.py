@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,37 +13,52 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.report.page import packed_contents, render
-from megatron_sgopd.report.runs import read_run, state
+from megatron_sgopd.report.runs import state
 
 ADDRESS = "127.0.0.1"
 
 
 def serve(paths: Sequence[Path], port: int) -> None:
-    """Serve `/`, the page, and `/data?seen=STATE`, its data if they have changed since, until interrupted.
+    """Serve `/`, the page, and `/data?seen=STATE`, its contents if they have changed since, until interrupted.
 
     Raises:
-        ConfigError: a path is no run folder, or the port is taken.
+        ConfigError: a path is no run folder, or the port cannot be had.
     """
-    for path in paths:
-        read_run(path)
+    newest = _Newest(paths)
+    newest()
     try:
-        server = ThreadingHTTPServer((ADDRESS, port), _handler(paths))
-    except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+        server = ThreadingHTTPServer((ADDRESS, port), _handler(newest))
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        raise ConfigError(
-            f"--port {port} cannot be had ({error.strerror}): give another, or 0 for any free one"
-        ) from None
+        raise ConfigError(f"--port {port} cannot be had ({error}): give another, or 0 for any free one") from None
     with server:
         print(f"report: http://localhost:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
 
-def _handler(paths: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
+class _Newest:
+    """The contents of a page, made once for each state of the runs however many ask."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._lock = threading.Lock()
+        self._made: tuple[str, bytes] = ("", b"")
+
+    def __call__(self) -> tuple[str, bytes]:
+        """The runs' state, and what a page shows of it."""
+        with self._lock:
+            now = state(self._paths)
+            if now != self._made[0]:
+                self._made = now, packed_contents(self._paths)
+            return self._made
+
+
+def _handler(newest: _Newest) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             # Another site's page may have had its own name resolved to this address, to read what is served here.
-            if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in ("localhost", ADDRESS):
+            if self.headers.get("Host", "").split(":")[0] not in ("localhost", ADDRESS):
                 self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"This page is served to localhost alone.\n")
                 return
             try:
@@ -51,16 +67,16 @@ def _handler(paths: Sequence[Path]) -> type[BaseHTTPRequestHandler]:
                 self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", str(error).encode())
 
         def _find(self, target: SplitResult) -> None:
-            if target.path == "/":
-                self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render(paths, live=True))
-            elif target.path == "/data":
-                now = state(paths)
-                if parse_qs(target.query).get("seen") == [now]:
-                    self._answer(HTTPStatus.NO_CONTENT, "text/plain", b"")
-                else:
-                    self._answer(HTTPStatus.OK, "application/gzip", packed_contents(paths), now)
-            else:
+            if target.path not in ("/", "/data"):
                 self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"There is / and /data.\n")
+                return
+            now, packed = newest()
+            if target.path == "/":
+                self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render(packed, live_state=now))
+            elif parse_qs(target.query).get("seen") == [now]:
+                self._answer(HTTPStatus.NO_CONTENT, "text/plain", b"")
+            else:
+                self._answer(HTTPStatus.OK, "application/gzip", packed, now)
 
         def _answer(self, status: HTTPStatus, kind: str, body: bytes, now: str = "") -> None:
             self.send_response(status)

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its data, its code and Plotly, and may load nothing."""
+"""The page: one HTML file that holds its data, its code and Plotly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from plotly.offline import get_plotlyjs
 
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.report.contents import contents
-from megatron_sgopd.report.runs import read_run
 
 
 def write_page(paths: Sequence[Path], out: Path) -> int:
@@ -23,40 +22,40 @@ def write_page(paths: Sequence[Path], out: Path) -> int:
     Raises:
         ConfigError: one of them is none.
     """
-    page = render(paths, live=False)
+    page = render(packed_contents(paths))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return len(page)
 
 
 def packed_contents(paths: Sequence[Path]) -> bytes:
-    """What the page shows, as gzip'd JSON."""
-    text = json.dumps(contents([read_run(path) for path in paths]), separators=(",", ":"))
-    return gzip.compress(text.encode(), mtime=0)
+    """What a page shows, as gzip'd JSON."""
+    return gzip.compress(json.dumps(contents(paths), separators=(",", ":")).encode(), mtime=0)
 
 
-def render(paths: Sequence[Path], live: bool) -> bytes:
+def render(packed: bytes, live_state: str = "") -> bytes:
     """The whole page in UTF-8.
 
-    Texts of models are in it as base64 alone, and the code shows them as text. Should that ever fail, the page's
-    content policy runs no script but these two, by their digests, and lets nothing be loaded or sent.
+    Texts of models are in it as base64 alone, and its code shows them as text. Should that ever fail, the page's
+    content policy runs no script but these two, by their digests, loads nothing, and sends no form.
 
     Args:
-        live: the code asks its server for new data.
+        packed: as of `packed_contents`.
+        live_state: of these contents, where the code is to ask its server for newer ones.
     """
     scripts = [get_plotlyjs(), _asset("page.js")]
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    parts = {
-        "POLICY": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
-        + ("; connect-src 'self'" if live else ""),
-        "STYLE": _asset("page.css"),
-        "LIVE": "live" if live else "",
-        "DATA": base64.b64encode(packed_contents(paths)).decode(),
-        "PLOTLY": scripts[0],
-        "SCRIPT": scripts[1],
-    }
+    policy = ["default-src 'none'", f"script-src {allowed}", "style-src 'unsafe-inline'", "img-src data: blob:"]
+    policy += ["base-uri 'none'", "form-action 'none'", *["connect-src 'self'"] * bool(live_state)]
     page = _asset("page.html")
-    for name, value in parts.items():
+    for name, value in (
+        ("POLICY", "; ".join(policy)),
+        ("STYLE", _asset("page.css")),
+        ("LIVE", live_state),
+        ("DATA", base64.b64encode(packed).decode()),
+        ("PLOTLY", scripts[0]),
+        ("SCRIPT", scripts[1]),
+    ):
         page = page.replace(f"{{{{{name}}}}}", value, 1)
     return page.encode()
 

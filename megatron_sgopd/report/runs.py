@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from megatron_sgopd.monitor.output import EVALUATIONS, LOGS, METRICS, SAMPLES, S
 from megatron_sgopd.recipe import RESOLVED
 
 _LONGEST_MESSAGE = 4000
+_STEP = re.compile(rb'\{"step": (\d+),')
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,19 @@ class RunFolder:
     """With all defaults; empty for a run that was started by a Megatron script of the user's own."""
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
     ended: bool
     """The last step was reached."""
     alarms: list[str]
     """What stopped the run, and what a reader of its numbers should know."""
 
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
 
 def read_run(path: Path) -> RunFolder:
-    """Read a run folder.
+    """Read a run folder, all but its sampled responses.
 
     Raises:
         ConfigError: it is none, or one of its files is broken before its last line.
@@ -55,32 +63,91 @@ def read_run(path: Path) -> RunFolder:
         for name in (METRICS, EVALUATIONS, SAMPLES)
         if _is_cut(path / name)
     ]
-    last = metrics[-1] if metrics else {}
-    alarms += [
-        f"verifier: {last[name]} answers had the fault '{name.removeprefix('verifier_')}', and count as wrong"
-        for name in sorted(last)
-        if name.startswith("verifier_") and last[name]
-    ]
+    # A summary may be that of an earlier attempt with fewer steps.
+    reached = not recipe or (metrics and metrics[-1]["step"] >= recipe["train"]["steps"])
     return RunFolder(
         path=path,
         recipe=recipe,
         metrics=metrics,
         evaluations=read_json_lines(path / EVALUATIONS),
-        samples=read_json_lines(path / SAMPLES),
-        # A summary may be that of an earlier attempt with fewer steps.
-        ended=(path / SUMMARY).is_file() and not (recipe and last.get("step", 0) < recipe["train"]["steps"]),
-        alarms=alarms,
+        ended=(path / SUMMARY).is_file() and bool(reached),
+        alarms=alarms + _verifier_faults(metrics),
     )
+
+
+def read_samples(path: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
+    """Sampled responses of a run, and how many are left out to keep within `budget` bytes of their file.
+
+    Their steps are at even distances, the last one among them, and remain chosen while a run goes on, until there are
+    twice as many. The file may be far larger than what is read of it into memory.
+
+    Raises:
+        ConfigError: a line is not what a run writes.
+    """
+    lines = _lines_by_step(path / SAMPLES)
+    steps = sorted({step for step, _, _ in lines})
+    every = 1
+    while True:
+        chosen = {*steps[::every], *steps[-1:]}
+        size = sum(length for step, _, length in lines if step in chosen)
+        if size <= budget or every > len(steps):
+            break
+        every *= 2
+    found, left = [], budget
+    if not chosen:
+        return [], 0
+    with (path / SAMPLES).open("rb") as file:
+        for number, (step, start, length) in enumerate(lines, start=1):
+            if step not in chosen or length > left:
+                continue
+            left -= length
+            file.seek(start)
+            try:
+                found.append(json.loads(file.read(length)))
+            except ValueError as error:
+                raise ConfigError(f"{path / SAMPLES}, line {number} is not JSON ({error}): remove that line") from None
+    return found, len(lines) - len(found)
+
+
+def _lines_by_step(path: Path) -> list[tuple[int, int, int]]:
+    """Step, first byte and length of each whole line."""
+    if not path.is_file():
+        return []
+    lines, start = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            step = _STEP.match(line)
+            if step is None:
+                raise ConfigError(f"{path}, line {number} is not a sampled response: remove that line")
+            lines.append((int(step[1]), start, len(line)))
+            start += len(line)
+    return lines
 
 
 def state(paths: Sequence[Path]) -> str:
     """Changes whenever something that a page shows does."""
     found = []
     for path in paths:
-        named = [path / name for name in (METRICS, EVALUATIONS, SAMPLES, SUMMARY)]
+        named = [path / name for name in (RESOLVED, METRICS, EVALUATIONS, SAMPLES, SUMMARY)]
         for file in (*named, *sorted((path / LOGS).glob("*.error"))):
             found.append((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None)
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+
+
+def _verifier_faults(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """Sums over attempts: in each the counts begin anew."""
+    faults = []
+    for name in sorted(name for name in (metrics[-1] if metrics else {}) if name.startswith("verifier_")):
+        counts = [0, *(line.get(name, 0) for line in metrics)]
+        total = sum(now - before if now >= before else now for before, now in itertools.pairwise(counts))
+        if total:
+            fault = name.removeprefix("verifier_")
+            faults.append(
+                f"verifier: {total} answers, those of evaluations included, are wrong for the fault '{fault}'"
+            )
+    return faults
 
 
 def _is_cut(path: Path) -> bool:

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from megatron_sgopd.cli import main
-from megatron_sgopd.report.contents import SAMPLE_TOKENS, SERIES_POINTS, contents
+from megatron_sgopd.report.contents import SERIES_POINTS, contents
 from megatron_sgopd.report.page import write_page
-from megatron_sgopd.report.runs import read_run, state
+from megatron_sgopd.report.runs import read_run, read_samples, state
 
 STAGES = ("sync", "generate", "pack", "verify", "teacher", "reference", "train", "record")
 
@@ -40,22 +40,24 @@ def write_run(
         lines.append(line | {"stage_seconds": dict.fromkeys(STAGES[: 7 + step % 2], 1.0)})
     write_lines(folder / "metrics.jsonl", lines)
     evaluations = [
-        {"name": name, "step": step, "pass_rate": rate, "by_problem": rng.permutation([rate * 2, 0.0] * 50).tolist()}
+        {
+            "name": name,
+            "step": step,
+            "pass_rate": rate,
+            "by_problem": rng.permutation([rate * 2, 0.0] * 50).tolist(),
+            "samples": 8,
+            "scores": {"avg@8": {"mean": rate, "low": rate - 0.02, "high": rate + 0.03}},
+        }
         for name, step, rate in (("teacher", 0, 0.5), ("before", 0, 0.1), ("after", steps, 0.4))
     ]
     write_lines(folder / "evaluations.jsonl", evaluations)
     words = ["".join(letters) for letters in rng.choice(list("abcdefgh "), (20_000, 5))]
-    kept = [
-        {
-            "step": step,
-            "outcome": int(rng.integers(2)),
-            "response": "",
-            "prompt": "",
-            "tokens": random_tokens(rng, sample_tokens, words),
-        }
-        for step in range(1, steps + 1, every)
-        for _ in range(samples)
-    ]
+    kept = []
+    for step in range(1, steps + 1, every):
+        for _ in range(samples):
+            tokens = random_tokens(rng, sample_tokens, words)
+            prompt = " ".join(rng.choice(words, sample_tokens // 4))
+            kept.append({"step": step, "prompt": prompt, "response": "".join(tokens["text"])} | {"tokens": tokens})
     write_lines(folder / "samples.jsonl", kept)
     return folder
 
@@ -72,43 +74,94 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def test_a_page_of_500_steps_stays_below_ten_megabytes_whatever_was_sampled(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", 500, sample_tokens=1000)  # 400,000 tokens
+    run = write_run(tmp_path / "run", 500, sample_tokens=1000)  # 40 MB
     assert write_page([run], tmp_path / "report.html") <= 10e6
-    found = contents([read_run(run)])["runs"][0]
-    shown = sum(len(line["tokens"]["text"]) for line in found["samples"])
-    assert 0.8 * SAMPLE_TOKENS <= shown <= SAMPLE_TOKENS
-    assert {line["step"] for line in found["samples"]} >= {1, 491}, "from the first sampled step to the last"
-    assert any("of 400 sampled responses are left out" in alarm for alarm in found["alarms"])
+    [found] = contents([run])["runs"]
+    kept = {line["step"] for line in found["samples"]}
+    assert kept == {*range(1, 492, 40), 491}, "at even distances, the last among them"
+    assert any(
+        f"{found['samples_left_out']} of 400 sampled responses are left out" in alarm for alarm in found["alarms"]
+    )
+
+
+def test_samples_stay_within_their_budget_and_stay_chosen_while_a_run_goes_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 70)
+    path = run / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    everything, left_out = read_samples(run, path.stat().st_size)
+    assert [json.dumps(line) + "\n" for line in everything] == lines and left_out == 0
+    budget = int(0.6 * path.stat().st_size)
+    for steps in range(1, 8):
+        path.write_text("".join(lines[: 8 * steps]))
+        found, left_out = read_samples(run, budget)
+        assert sum(len(json.dumps(line)) + 1 for line in found) <= budget and len(found) + left_out == 8 * steps
+        kept = {line["step"] for line in found}
+        assert 10 * steps - 9 in kept
+    assert kept == {1, 21, 41, 61}
+    assert len(read_samples(run, len(lines[0]) + 50)[0]) == 1, "one that does not fit takes no other's place"
+    assert read_samples(run, 10)[0] == []
 
 
 def test_series_are_thinned_to_means_and_gaps_stay_gaps(tmp_path: Path) -> None:
     steps = 2 * SERIES_POINTS
-    series = contents([read_run(write_run(tmp_path / "run", steps))])["runs"][0]["series"]
+    series = contents([write_run(tmp_path / "run", steps)])["runs"][0]["series"]
     assert len(series["step"]) == SERIES_POINTS and series["step"][:2] == [1.5, 3.5]
     assert series["teacher_approval"][:4] == [0.5, 0.5, 0.5, None]
     assert series["seconds/record"][0] == 0.5, "a stage that a step lacks took no time in it"
     assert set(series) >= {f"seconds/{stage}" for stage in STAGES}
 
 
-def test_curves_have_the_intervals_of_seeds_and_problems(tmp_path: Path) -> None:
-    runs = [read_run(write_run(tmp_path / f"seed_{seed}", 100, seed)) for seed in (1, 2)]
-    [group] = contents(runs)["groups"]
-    assert group["name"] == "runs (2 seeds)" and group["members"] == [0, 1] and group["teacher"] == 0.5
-    (start, mean, low, high), (end, *_) = group["heldout"]
-    assert (start, end, mean) == (0, 100, 0.1)
+def test_curves_have_the_intervals_of_runs_and_problems(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed_{seed}", 100, seed) for seed in (1, 2)]
+    [group] = contents([*runs, runs[0]])["groups"]
+    assert group["name"] == "sgopd: seed_1, … (2 runs)" and group["members"] == [0, 1], "a folder counts once"
+    assert group["teacher"] == 0.5
+    (start, mean, low, high, count), (end, *_) = group["heldout"]
+    assert (start, end, mean, count) == (0, 100, 0.1, 2)
     # 2 x 100 problems, half of them at 0.2: a standard error of 0.1 / sqrt(200) to 0.1 / sqrt(100).
     assert 0.1 * 1.96 / 200**0.5 * 0.8 <= (high - low) / 2 <= 0.1 * 1.96 / 100**0.5 * 1.3
     assert len(group["training"]) == 25
-    step, mean, low, high = group["training"][0]
-    assert (step, mean) == (2.5, 0.025) and 0.01 <= low < mean < high <= 0.04
+    step, mean, low, high, count = group["training"][0]
+    assert (step, mean, count) == (2.5, 0.025, 2) and 0.01 <= low < mean < high <= 0.04
+
+
+def test_a_run_that_died_early_shortens_no_other(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed_{seed}", 40, seed) for seed in (1, 2)]
+    for name, lines in (("metrics", 9), ("evaluations", 2)):
+        path = runs[0] / f"{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    found = contents(runs)
+    [group] = found["groups"]
+    assert [point[4] for point in group["training"]] == [2, 2, *[1] * 8]
+    assert [(point[0], point[4]) for point in group["heldout"]] == [(0, 2), (40, 1)]
+    assert group["heldout"][1][1:4] == [0.4, 0.38, 0.43], "one run's own interval"
+    assert [run["after"] for run in found["runs"]] == [None, 0.4]
+
+
+def test_a_step_without_a_response_of_the_students_has_no_rate(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 12)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[5]["pass_rate"] = None
+    write_lines(run / "metrics.jsonl", lines)
+    [group] = contents([run])["groups"]
+    assert [point[0] for point in group["training"]] == [2.5, 10.5]
 
 
 def test_other_settings_make_another_group(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, 20, seed) for name, seed in (("a/1", 1), ("a/2", 2), ("b/1", 1))]
-    recipe = yaml.safe_load((runs[2] / "recipe.yaml").read_text())
-    (runs[2] / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"sgopd": {"method": "opd"}}))
-    groups = contents([read_run(run) for run in runs])["groups"]
-    assert [(group["name"], group["members"]) for group in groups] == [("a (2 seeds)", [0, 1]), ("b/1", [2])]
+    names = ("a/1", "a/2", "b/1", "c/1", "c/2", "c/3")
+    runs = [write_run(tmp_path / name, 8, seed) for seed, name in enumerate(names, start=1)]
+    for run in (runs[2], runs[3], runs[4]):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        (run / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe | {"sgopd": {"method": "opd" if run.parent.name == "b" else "grpo"}})
+        )
+    groups = contents(runs)["groups"]
+    assert [(group["name"], group["members"]) for group in groups] == [
+        ("sgopd: a/1, … (3 runs)", [0, 1, 5]),
+        ("b/1", [2]),
+        ("grpo: c/1, … (2 runs)", [3, 4]),
+    ]
+    assert [group["name"] for group in contents(runs[:3])["groups"]] == ["a (2 runs)", "b/1"]
 
 
 def test_a_run_that_has_just_begun_and_one_of_an_own_script(tmp_path: Path) -> None:
@@ -118,7 +171,7 @@ def test_a_run_that_has_just_begun_and_one_of_an_own_script(tmp_path: Path) -> N
         (run / "samples.jsonl").unlink()
     (tmp_path / "begun/metrics.jsonl").write_text("")
     (tmp_path / "own/recipe.yaml").unlink()
-    found = contents([read_run(tmp_path / "begun"), read_run(tmp_path / "own")])
+    found = contents([tmp_path / "begun", tmp_path / "own"])
     assert [(run["step"], run["steps"]) for run in found["runs"]] == [(0, 3), (3, None)]
     assert all(group["training"] == group["heldout"] == [] for group in found["groups"])
 
@@ -136,6 +189,16 @@ def test_what_stopped_a_run_is_said(tmp_path: Path) -> None:
         "metrics.jsonl: its last line is cut off, as of a run that was killed, and is left out",
     ]
     assert [line["step"] for line in read_run(run).metrics] == [1, 2, 3]
+
+
+def test_verifier_faults_are_summed_over_attempts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 5)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, count in zip(lines, (1, 4, 4, 2, 3), strict=True):
+        line |= {"verifier_timeout": count, "verifier_memory": 0}
+    write_lines(run / "metrics.jsonl", lines)
+    [alarm] = read_run(run).alarms
+    assert alarm.startswith("verifier: 7 answers") and "'timeout'" in alarm
 
 
 def test_a_summary_of_fewer_steps_is_not_the_end(tmp_path: Path) -> None:
@@ -162,6 +225,12 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exclude each other" in refusal(capsys, run, "--live", "--out", tmp_path / "x.html")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot be had" in refusal(capsys, run, "--live", "--port", taken.getsockname()[1])
+    assert "cannot be had" in refusal(capsys, run, "--live", "--port", 70000)
+    samples = (run / "samples.jsonl").read_bytes()
+    for broken in (b"nonsense\n", b'{"step": 1, nonsense}\n'):
+        (run / "samples.jsonl").write_bytes(broken + samples)
+        assert "samples.jsonl, line 1 is not" in refusal(capsys, run)
+    (run / "samples.jsonl").unlink()
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
     assert "metrics.jsonl, line 2 is not JSON" in refusal(capsys, run)
     assert not list(tmp_path.glob("**/*.html"))

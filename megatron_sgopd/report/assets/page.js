@@ -3,14 +3,15 @@
 // Everything that comes from a model goes into the page by textContent alone.
 
 const POLL_SECONDS = 5;
-const PALETTE = ["#1f77d0", "#d9660a", "#2a9d5c", "#b04fb5", "#c9a227", "#17a2b8", "#e0457b", "#7a6f5d"];
+const PALETTE = ["#1f77d0", "#d9660a", "#2a9d5c", "#b04fb5", "#c9a227", "#17a2b8", "#e0457b", "#7a6f5d", "#5b5fc7", "#6b8e23"];
 const GATE = { a: "agree", c: "conflict", n: "neutral" };
 
 const AREA = { stackgroup: "one", line: { width: 0.5 } };
 const gateLines = (suffix) => ["agree", "neutral", "conflict"].map((name) => [name + suffix, name, { ...AREA, color: name }]);
 // [title, what to see, [[series, name, style]…], layout]
 const DETAILS = [
-  ["Gate, all tokens", "Share of response tokens where teacher and verifier agree, conflict, or the teacher is neutral.",
+  ["Gate, all tokens", "Share of response tokens where teacher and verifier agree or not, or the teacher is neutral. "
+    + "Conflict also where the verifier says nothing: in groups of one outcome, and by methods without an outcome.",
     gateLines(""), { yaxis: { range: [0, 1], tickformat: ".0%" } }],
   ["Gate, right responses", "Agree: the teacher wants the token up in a response that is right.",
     gateLines("_right"), { yaxis: { range: [0, 1], tickformat: ".0%" } }],
@@ -39,7 +40,7 @@ const DETAILS = [
   ["Speed", "Response tokens a second of the whole step.", [["tokens_per_second", "tokens/s"]], { yaxis: { rangemode: "tozero" } }],
 ];
 
-const page = { data: null, seen: "", run: 0, step: null, response: 0, token: 0, shown: [] };
+const page = { data: null, seen: "", run: 0, step: null, response: 0, token: 0, place: -1, shown: [], pointer: {} };
 const at = (id) => document.getElementById(id);
 
 function element(name, text, className) {
@@ -99,7 +100,7 @@ function figure(parent, key, title, caption, traces, layout) {
     plot_bgcolor: colour("paper"),
     font: { color: colour("ink"), size: 12 },
     hovermode: "x unified",
-    hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line") },
+    hoverlabel: { namelength: -1, bgcolor: colour("panel"), bordercolor: colour("line") },
     legend: { orientation: "h", y: -0.18 },
     showlegend: traces.filter((trace) => trace.showlegend !== false).length > 1,
     uirevision: key,
@@ -117,19 +118,20 @@ function translucent(hex, alpha) {
   return `rgba(${number >> 16}, ${(number >> 8) & 255}, ${number & 255}, ${alpha})`;
 }
 
-// Rows of [step, mean, low, high] as a line and its band.
-function band(points, name, hue, style) {
+// Rows of [step, mean, low, high, runs] as a line and its band.
+function band(points, group, hue, style) {
   const column = (index) => points.map((point) => point[index]);
-  const group = `${name}/${style.kind}`;
-  const edge = { x: column(0), mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: group };
+  const key = `${group.members[0]}/${style.kind}`;
+  const ofRuns = ([, , , , runs]) => (group.members.length > 1 ? `, ${runs} of ${group.members.length} runs` : "");
+  const edge = { x: column(0), mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: key };
   return [
     { ...edge, y: column(2) },
     { ...edge, y: column(3), fill: "tonexty", fillcolor: translucent(hue, 0.15) },
     {
-      x: column(0), y: column(1), name: `${name}, ${style.kind}`, legendgroup: group, mode: "lines+markers",
+      x: column(0), y: column(1), name: `${group.name}, ${style.kind}`, legendgroup: key, mode: "lines+markers",
       line: { color: hue, dash: style.dash }, marker: { color: hue, size: 6, symbol: style.symbol },
-      customdata: points.map((point) => [point[2], point[3]]),
-      hovertemplate: "%{y:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})",
+      customdata: points.map((point) => [point[2], point[3], ofRuns(point)]),
+      hovertemplate: "%{y:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%}%{customdata[2]})",
     },
   ];
 }
@@ -138,8 +140,8 @@ function renderLearning() {
   const traces = [];
   page.data.groups.forEach((group, index) => {
     const hue = PALETTE[index % PALETTE.length];
-    if (group.heldout.length) traces.push(...band(group.heldout, group.name, hue, { kind: "held-out", dash: "solid", symbol: "circle" }));
-    if (group.training.length) traces.push(...band(group.training, group.name, hue, { kind: "training", dash: "dot", symbol: "x-thin" }));
+    if (group.heldout.length) traces.push(...band(group.heldout, group, hue, { kind: "held-out", dash: "solid", symbol: "circle" }));
+    if (group.training.length) traces.push(...band(group.training, group, hue, { kind: "training", dash: "dot", symbol: "x-thin" }));
     if (group.teacher !== null) {
       const steps = [...group.heldout, ...group.training].map((point) => point[0]);
       traces.push({
@@ -149,7 +151,7 @@ function renderLearning() {
     }
   });
   figure(at("learning"), "chart-learning", "Pass rate",
-    "Held-out: 95 % interval over seeds and problems. Training: means of some steps at a time, interval over seeds and those steps.",
+    "Held-out: 95 % interval over runs and problems. Training: means of some steps at a time, interval over runs and those steps.",
     traces, { yaxis: { tickformat: ".0%", rangemode: "tozero" } });
 }
 
@@ -157,7 +159,7 @@ function renderAcross() {
   const name = at("measure").value;
   const groupOf = (run) => page.data.groups.findIndex((group) => group.members.includes(run));
   const traces = page.data.runs.map((run, index) => ({
-    x: run.series.step || [], y: run.series[name] || [], name: run.name, mode: "lines", connectgaps: false,
+    x: run.series.step || [], y: run.series[name] || [], name: run.name, mode: "lines", hovertemplate: "%{y:.4~g}",
     line: { color: PALETTE[groupOf(index) % PALETTE.length], width: 1.5 },
   }));
   figure(at("across"), "chart-across", name, "Every run, in its group's colour.", traces, {});
@@ -226,12 +228,17 @@ const mean = (values) => (values.length ? values.reduce((sum, value) => sum + va
 
 // Without a teacher, the student's own.
 const surprise = (sample) => -mean(sample.tokens.teacher || sample.tokens.student);
-const conflictShare = (sample) => mean([...sample.tokens.gate].map((letter) => (letter === "c" ? 1 : 0)));
+// What was left out of training has no verdicts.
+const verdicts = (sample) => [...(sample.tokens.gate || "")];
+const conflictShare = (sample) => mean(verdicts(sample).map((letter) => (letter === "c" ? 1 : 0)));
 
 function renderSteps() {
   const samples = page.data.runs[page.run].samples;
   at("viewer").hidden = !samples.length;
   at("nothing").hidden = Boolean(samples.length);
+  at("nothing").textContent = page.data.runs[page.run].samples_left_out
+    ? "The responses of this run are too long for a page of so many runs: give fewer."
+    : "This run kept no responses: logging.samples_every says at which steps it does.";
   if (!samples.length) return;
   const steps = [...new Set(samples.map((sample) => sample.step))];
   fill(at("step"), steps.map((step) => [step, step]), page.step ?? steps[steps.length - 1]);
@@ -247,7 +254,8 @@ function renderResponses() {
   if (order) page.shown.sort((one, other) => order(other) - order(one));
   const entries = page.shown.map((sample, index) => [index, [
     sample.outcome ? "right" : sample.reason, `${sample.tokens.text.length} tokens`, `surprise ${surprise(sample).toFixed(3)}`,
-    `conflict ${percent(conflictShare(sample))}`, visible(sample.response).replaceAll("\n", " ").slice(0, 120),
+    sample.trained ? `conflict ${percent(conflictShare(sample))}` : "left out of training",
+    visible(sample.tokens.text.join("").slice(0, 120)).replaceAll("\n", " "),
   ].join("  ·  ")]);
   page.response = Math.min(page.response, Math.max(0, page.shown.length - 1));
   fill(at("responses"), entries, page.response);
@@ -256,7 +264,7 @@ function renderResponses() {
 
 // Control characters, and those that turn or hide text, as something to see.
 function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
+  return text.replace(/(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu,
     (character) => `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`)
     .replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t");
 }
@@ -266,16 +274,16 @@ function renderResponse() {
   at("prompt").textContent = sample ? visible(sample.prompt) : "No response of this step has this outcome.";
   at("response-title").textContent = sample
     ? `Response: ${sample.outcome ? "right" : sample.reason}; it answers ${visible(sample.extracted ?? "nothing")}, `
-      + `asked for was ${visible(sample.answer)}; o = ${sample.outcome_advantage}${sample.trained ? "" : "; left out of training"}`
+      + `asked for was ${visible(sample.answer)}; o = ${sample.outcome_advantage ?? "–"}${sample.trained ? "" : "; left out of training"}`
     : "Response";
   at("tokens").replaceChildren();
   if (!sample) return chooseToken(null);
   const { text, delta, gate } = sample.tokens;
   at("tokens").append(...text.map((piece, index) => {
-    const token = element("span", visible(piece), `token ${GATE[gate[index]]}`);
+    const token = element("span", visible(piece), gate ? `token ${GATE[gate[index]]}` : "token");
     if (!piece) token.append(element("span", "·", "stand-in"));
     // Half as strong at |delta| = 1 nat as it can get.
-    const strength = Math.abs(delta[index]);
+    const strength = delta ? Math.abs(delta[index]) : 0;
     token.style.setProperty("--strength", `${(70 * strength) / (1 + strength)}%`);
     token.dataset.index = index;
     token.id = `token-${index}`;
@@ -289,17 +297,21 @@ const number = (values, index) => (values ? values[index].toFixed(4) : "–");
 
 function chooseToken(index) {
   const box = at("tokens");
-  box.querySelector(".chosen")?.classList.remove("chosen");
+  for (const before of box.querySelectorAll(".chosen")) {
+    before.classList.remove("chosen");
+    before.removeAttribute("aria-selected");
+  }
   box.removeAttribute("aria-activedescendant");
   at("token").replaceChildren();
   if (index === null || index < 0) return;
-  page.token = index;
+  Object.assign(page, { token: index, place: -1 });
   const chosen = box.children[index];
   chosen.classList.add("chosen");
+  chosen.setAttribute("aria-selected", "true");
   box.setAttribute("aria-activedescendant", chosen.id);
   const { tokens } = page.shown[page.response];
   const rows = [
-    ["token", visible(tokens.text[index]) || "part of a character"], ["gate", GATE[tokens.gate[index]]],
+    ["token", visible(tokens.text[index]) || "part of a character"], ["gate", tokens.gate ? GATE[tokens.gate[index]] : "–"],
     ["s student", number(tokens.student, index)], ["q teacher", number(tokens.teacher, index)],
     ["r reference", number(tokens.reference, index)], ["b rollout", number(tokens.behaviour, index)],
     ["delta = q − s", number(tokens.delta, index)], ["A advantage", number(tokens.advantage, index)],
@@ -312,21 +324,25 @@ function chooseToken(index) {
   }));
 }
 
-function nextGreatest() {
-  const { delta } = page.shown[page.response].tokens;
+// The greatest |delta|, then, as long as nothing else is chosen, the one after it.
+function chooseNextGreatest() {
+  const delta = page.shown[page.response].tokens.delta || [0];
   const order = delta.map((_, index) => index).sort((one, other) => Math.abs(delta[other]) - Math.abs(delta[one]));
-  return order[(order.indexOf(page.token) + 1) % order.length];
+  const place = (page.place + 1) % order.length;
+  chooseToken(order[place]);
+  page.place = place;
 }
 
 function onTokenKey(event) {
   const count = at("tokens").children.length;
   const moves = {
-    ArrowRight: () => page.token + 1, ArrowDown: () => page.token + 1, ArrowLeft: () => page.token - 1, ArrowUp: () => page.token - 1,
-    Home: () => 0, End: () => count - 1, n: nextGreatest,
+    ArrowRight: page.token + 1, ArrowDown: page.token + 1, ArrowLeft: page.token - 1, ArrowUp: page.token - 1,
+    Home: 0, End: count - 1, n: null,
   };
   if (!count || !(event.key in moves) || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
-  chooseToken(Math.max(0, Math.min(count - 1, moves[event.key]())));
+  if (event.key === "n") chooseNextGreatest();
+  else chooseToken(Math.max(0, Math.min(count - 1, moves[event.key])));
   at("tokens").querySelector(".chosen").scrollIntoView({ block: "nearest" });
 }
 
@@ -334,7 +350,7 @@ function onTokenKey(event) {
 
 function render() {
   const { runs, made } = page.data;
-  at("made").textContent = `${document.body.dataset.mode === "live" ? "following, last change" : "made"} ${new Date(made).toLocaleString()}`;
+  at("made").textContent = `${document.body.dataset.live ? "following, last change" : "made"} ${new Date(made).toLocaleString()}`;
   page.run = Math.min(page.run, runs.length - 1);
   fill(at("run"), runs.map((run, index) => [index, run.name]), page.run);
   const measures = [...new Set(runs.flatMap((run) => Object.keys(run.series)))].filter((name) => name !== "step").sort();
@@ -381,9 +397,12 @@ function listen() {
     renderResponse();
   });
   at("tokens").addEventListener("keydown", onTokenKey);
-  at("tokens").addEventListener("mouseover", (event) => {
+  at("tokens").addEventListener("pointermove", (event) => {
     const token = event.target.closest("[data-index]");
-    if (token) chooseToken(Number(token.dataset.index));
+    // Text that scrolls under a resting pointer chooses nothing.
+    const moved = event.clientX !== page.pointer.x || event.clientY !== page.pointer.y;
+    page.pointer = { x: event.clientX, y: event.clientY };
+    if (token && moved && Number(token.dataset.index) !== page.token) chooseToken(Number(token.dataset.index));
   });
 }
 
@@ -392,7 +411,8 @@ async function main() {
   page.data = await unpacked(Uint8Array.from(atob(at("data").textContent), (character) => character.charCodeAt(0)));
   render();
   document.body.dataset.ready = "yes";
-  if (document.body.dataset.mode === "live") setTimeout(poll, 1000 * POLL_SECONDS);
+  page.seen = document.body.dataset.live;
+  if (page.seen) setTimeout(poll, 1000 * POLL_SECONDS);
 }
 
 main();
