@@ -87,6 +87,7 @@ def test_vllm_and_transformers_write_the_same_text(smollm2: Conversion) -> None:
     assert "Paris" in tokenizer.decode(text)
 
 
+@pytest.mark.long
 def test_a_training_step_and_its_export(smollm2: Conversion, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

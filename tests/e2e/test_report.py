@@ -4,7 +4,6 @@ Needs Debian's packages chromium and chromium-driver.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -261,7 +260,13 @@ def test_live_follows_a_run_on_this_machine_alone(browser: Browser, main_run: Fi
     (folder / "metrics.jsonl").write_text("".join(lines[:5]))
     (folder / "summary.json").unlink()
     command = [sys.executable, "-m", "megatron_sgopd.cli", "report", "--live", "--port", "0", str(folder)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Tests that run in a shell's background have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert server.stdout is not None
         address = server.stdout.readline().split()[1]

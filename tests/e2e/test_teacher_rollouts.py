@@ -92,6 +92,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, list
     return succeed(folder, TAUGHT), went_on
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_in_each_phase_has_the_same_numbers(
     taught_run: Finished, killed_run: tuple[Finished, list[int]]
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_run_that_was_killed_in_each_phase_has_the_same_numbers(
     assert bank.rollouts == 2 * len(bank) == 48
 
 
+@pytest.mark.long
 def test_a_run_that_resumes_after_the_end_never_builds_the_teachers_engine(
     taught_run: Finished, killed_run: tuple[Finished, list[int]]
 ) -> None:
