@@ -1,4 +1,4 @@
-.PHONY: demo test test-long test-checkpoints test-browser lint setup models compare
+.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps lint setup models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -15,6 +15,13 @@ test-checkpoints: setup  ## conversion only; part of `make test`
 test-browser: setup  ## the report in Chromium; part of `make test` where chromium and chromium-driver are installed
 	@command -v chromedriver >/dev/null || { echo "Chromium is missing: apt-get install chromium-driver" >&2; exit 1; }
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/e2e/test_report.py
+
+test-slurm: setup  ## on a real Slurm of two nodes on this machine; the short ones are part of `make test`
+	@command -v slurmctld /usr/sbin/slurmctld >/dev/null || { echo "Slurm is missing: make slurm-deps" >&2; exit 1; }
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/slurm -m "long or not long"
+
+slurm-deps:  ## Debian's Slurm and shellcheck, for test-slurm
+	apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
 lint: setup  ## style and types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_sgopd import __version__
 from megatron_sgopd.arguments import add_set
@@ -20,15 +20,19 @@ from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
-from megatron_sgopd.monitor.output import LOGS, SUMMARY
-from megatron_sgopd.processes import adopt_slurm_ranks, die_with_parent
+from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
+from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed
+from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent
 from megatron_sgopd.report.command import add_command as add_report
+from megatron_sgopd.requeue import add_command as add_requeue
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
 
 BAD_INPUT = 2
+_LONGEST_STOP = 24 * 3600
+"""Seconds after a signal that ranks may take to save: they know best, and who is in haste kills them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_compare(commands)
     add_report(commands)
+    add_requeue(commands)
     add_commands(commands)
     return parser
 
@@ -97,7 +102,8 @@ def _train(arguments: argparse.Namespace) -> int:
         return _train_as_rank(recipe, flags)
     if _is_finished(recipe):
         return 0
-    write_resolved(recipe)
+    with claimed(Path(recipe.run_dir)):  # the first rank keeps it for itself, once it has started
+        write_resolved(recipe)
     return _launch(flags, recipe.parallel.ranks, Path(recipe.run_dir))
 
 
@@ -127,34 +133,39 @@ def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:
             "make them equal"
         )
     if os.environ["RANK"] == "0":
-        write_resolved(recipe)
+        with claimed(Path(recipe.run_dir)):
+            write_resolved(recipe)
     sys.argv[1:] = flags
     return pretrain()
 
 
 def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
-    """Start the ranks on this machine, wait, and show the first rank's error if there is one."""
+    """Start the ranks on this machine, wait, and show the first rank's error if there is one.
+
+    A signal that asks to stop is handed on once; the ranks save at their next safe point.
+    """
     logs = run_dir / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     for stale in logs.glob("*.error"):
         stale.unlink()
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--shutdown-timeout={_LONGEST_STOP}", f"--signals-to-handle={','.join(s.name for s in STOP_SIGNALS)}"]
     with (logs / "launcher.log").open("w") as launcher_log:
         process = subprocess.Popen(
             [*command, "-m", "megatron_sgopd.pretrain", *flags],
             stderr=launcher_log,
+            start_new_session=True,  # Ctrl-C reaches every process of a session's terminal; it is to be handed on once
             preexec_fn=die_with_parent,
             env={"OMP_NUM_THREADS": threads, **os.environ},
         )
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
+        code = _wait_handing_signals_on(process)
     if code == 0:
         return 0
+    last = read_attempts(run_dir)[-1:]
+    if last and last[0].outcome == OUTCOMES[EXIT_STOPPED]:
+        print(f"megatron-sgopd: {last[0].reason}; {last[0].reached} are saved, and the same command goes on from there")
+        return EXIT_STOPPED
     errors = sorted(logs.glob("*.error"), key=lambda path: path.stat().st_mtime)
     if not errors:
         print(f"megatron-sgopd: the ranks ended with exit code {code}; see {logs}/launcher.log", file=sys.stderr)
@@ -162,6 +173,24 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
     first, message = errors[0].stem, errors[0].read_text().strip()
     print(f"megatron-sgopd: {first} failed: {message}\nIts whole output is in {logs / first}.log", file=sys.stderr)
     return 1
+
+
+def _wait_handing_signals_on(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of the launcher, which gets the first signal that asks to stop; a second one kills it."""
+    asked = False
+
+    def hand_on(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked:
+            process.kill()
+        else:
+            print("megatron-sgopd: saving at the next safe point; the same signal again stops at once", flush=True)
+            process.send_signal(number)
+        asked = True
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, hand_on)
+    return process.wait()
 
 
 if __name__ == "__main__":

@@ -247,6 +247,20 @@ class LoggingSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class CheckpointSettings:
+    """Megatron checkpoints in RUN_DIR/checkpoints."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only after the last step. In a Megatron script of your own, --save-interval."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """Whole checkpoints that are kept; older ones are removed when a new one is whole. Unset: all."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Those at multiples of so many steps are kept all the same."""
+    verify: Literal["sizes", "digests"] = "sizes"
+    """How a checkpoint is checked before it is loaded: digests reads the whole of it, and finds a flipped bit."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Settings:
     """Everything that the plugin reads itself; the rest of a recipe becomes Megatron flags."""
 
@@ -261,6 +275,7 @@ class Settings:
     evaluate: EvaluateSettings = EvaluateSettings()
     alarms: AlarmSettings = AlarmSettings()
     logging: LoggingSettings = LoggingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     run_dir: str = "runs/default"
     """Folder of the run: metrics, samples, checkpoints, summary."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
@@ -314,20 +329,11 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class CheckpointSettings:
-    """Megatron checkpoints in RUN_DIR/checkpoints."""
-
-    every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0: only after the last step."""
-
-
-@dataclass(frozen=True, config=_STRICT)
 class Recipe(Settings):
     """A whole run."""
 
     train: TrainSettings = dataclasses.field(kw_only=True)
     parallel: ParallelSettings = ParallelSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Further Megatron flags without the leading dashes: `{log-interval: 10, use-flash-attn: true}`."""
 

@@ -1,4 +1,4 @@
-"""The two ways in which a run refuses to go on, and a help for their messages."""
+"""The ways in which a run does not go on, and a help for their messages."""
 
 from collections.abc import Iterable
 
@@ -13,6 +13,10 @@ class ConfigError(ValueError):
 
 class Alarm(RuntimeError):
     """A running job went wrong in a way that would otherwise stay silent; the message diagnoses it."""
+
+
+class Stopped(RuntimeError):
+    """A run was asked to stop and has saved what it had: started again, it goes on."""
 
 
 def some(names: Iterable[str]) -> str:

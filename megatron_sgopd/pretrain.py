@@ -5,11 +5,16 @@ A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import register
-from megatron_sgopd.monitor.output import reporting_errors
+from megatron_sgopd.checkpoint.completeness import newest_step
+from megatron_sgopd.config import Settings
+from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
+from megatron_sgopd.monitor.output import Result, claimed, reporting_errors
 from megatron_sgopd.processes import die_with_parent
 
 
@@ -17,6 +22,17 @@ def main() -> int:
     """Parse Megatron's and the plugin's flags, and train."""
     die_with_parent()
     settings = register()
+    if os.environ.get("RANK", "0") != "0":
+        return _train(settings).code
+    run_dir = Path(settings.run_dir)
+    with claimed(run_dir):
+        begin_attempt(run_dir, newest_step(run_dir / "checkpoints"))
+        result = _train(settings)
+        end_attempt(run_dir, newest_step(run_dir / "checkpoints"), result.code, result.reason)
+    return result.code
+
+
+def _train(settings: Settings) -> Result:
     with reporting_errors(settings.run_dir, settings.logging.quiet) as result:
         from megatron.core.enums import ModelType
         from megatron.training import pretrain
@@ -34,7 +50,7 @@ def main() -> int:
             forward_step_func=None,  # the plugin brings its own
             model_provider=_model_provider(architecture),
         )
-    return result.code
+    return result
 
 
 def _no_datasets(num_samples: Any) -> tuple[Any, None, None]:

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.checks import Inputs, check_full_estimator, check_inputs
 from megatron_sgopd.config import Settings
-from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.errors import ConfigError, Stopped
 from megatron_sgopd.evaluation.heldout import respond
 from megatron_sgopd.models.microbatch import unwrapped
 from megatron_sgopd.models.policy import PolicyStep, Student
@@ -32,6 +32,7 @@ from megatron_sgopd.rollout.prompts import Prompt, PromptStream
 from megatron_sgopd.rollout.recording import Recording
 from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
+from megatron_sgopd.stopping import StopRequest
 from megatron_sgopd.verify.stage import Verification
 
 
@@ -57,6 +58,7 @@ class Run:
     seed: int
     row_tokens: int
     rows_per_microbatch: int
+    stop_request: StopRequest
     truncated_history: list[bool] = field(default_factory=list)
 
     saves: bool = False
@@ -125,6 +127,15 @@ class Run:
             self.monitor.summary()
             self.verification.close()
 
+    def stop_if_asked(self, step: int) -> None:
+        """A safe point: the stages before the optimizer step change nothing that is saved.
+
+        Raises:
+            Stopped: on all ranks, if one of them was signalled.
+        """
+        if (name := self.stop_request.asked()) is not None:
+            raise Stopped(f"stopped by {name} after {step} steps")
+
     def keeps_samples(self, step: int) -> bool:
         """Some of this step's responses go to samples.jsonl."""
         every = self.settings.logging.samples_every
@@ -173,7 +184,7 @@ class Run:
         return self.prompts.next(size)
 
 
-def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
+def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_request: StopRequest) -> Run:
     """Load the student's weights into Megatron's fresh model, and build everything around it.
 
     Args:
@@ -234,6 +245,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any) -> Run:
         args.seed,
         args.seq_length,
         args.micro_batch_size,
+        stop_request,
     )
     if inputs.bank is not None and settings.teacher_rollouts.bank is None and not current().several_engines:
         raise ConfigError(

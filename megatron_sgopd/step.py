@@ -72,11 +72,14 @@ class Batch:
 
 def prepare(run: Run, step: int) -> Batch:
     """All that comes before the optimizer step."""
+    run.stop_if_asked(step)
     recorded = run.recording.load(step)
     if recorded is None:
         batch = teach(run, Batch(step, tuple(run.prompts_of(step))))
+        run.stop_if_asked(step)
         sync(run)
         batch = packed(run, generate(run, batch))
+        run.stop_if_asked(step)
     else:
         batch = with_tensors(packed(run, recorded[0]), recorded[1])
     alarms.check_responses(run.settings.alarms, batch, run.truncated_history)
@@ -88,6 +91,7 @@ def prepare(run: Run, step: int) -> Batch:
     batch = score_reference(run, batch)
     with run.clock("verify"):
         batch = replace(batch, outcomes_N=outcomes())
+    run.stop_if_asked(step)
     return replace(batch, trained_N=trained_responses(run, batch))
 
 

@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -70,3 +71,11 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                     parameter.add_(1.0)
         model.save_pretrained(root / name)
     return {name: root / name for name in variants}
+
+
+@pytest.fixture(scope="session")
+def main_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Eleven steps of the arithmetic example with tensor parallelism over two ranks: a `Finished` run."""
+    from .e2e.conftest import succeed
+
+    return succeed(tmp_path_factory.mktemp("main"), {"train.steps": 11})

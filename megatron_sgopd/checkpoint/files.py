@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -47,6 +48,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def locked(file: IO[Any]) -> bool:
+    """Take a file's lock, which is kept until the file is closed or its process ends; False if another one has it.
+
+    Also between nodes, on file systems with flock: NFS, Lustre mounted with `-o flock`, GPFS.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_path(path: Path) -> None:

@@ -15,7 +15,15 @@ from rich.table import Table
 
 from megatron_sgopd.config import Settings
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
-from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console, read_json_lines
+from megatron_sgopd.monitor.output import (
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    append_json_line,
+    console,
+    read_json_lines,
+)
 from megatron_sgopd.rollout.trajectory import from_first_rank
 
 
@@ -41,7 +49,7 @@ class Monitor:
         if self._writes:
             # JSON has no NaN: the mean of nothing is null.
             known = {name: None if value != value else value for name, value in metrics.items()}
-            _append(self._folder / METRICS, known)
+            append_json_line(self._folder / METRICS, known)
             self._console.print(self._progress(metrics))
 
     def _progress(self, m: dict[str, Any]) -> str:
@@ -60,7 +68,7 @@ class Monitor:
         if not self._writes:
             return
         for line in lines:
-            _append(self._folder / SAMPLES, line)
+            append_json_line(self._folder / SAMPLES, line)
         for line in lines[:shown]:
             mark = "[green]right[/green]" if line["outcome"] else f"[red]{escape(line['reason'])}[/red]"
             # repr: a response may hold terminal control sequences.
@@ -81,7 +89,7 @@ class Monitor:
             "scores": as_json(found),
             "by_problem": responses.outcomes_PN.mean(axis=1).tolist(),
         }
-        _append(self._folder / EVALUATIONS, line)
+        append_json_line(self._folder / EVALUATIONS, line)
         self._console.print(
             f"[bold]{name}[/bold] pass rate {average.mean:.1%} ({average.low:.1%} to {average.high:.1%}; "
             f"avg@{responses.samples} of {responses.problems} problems)"
@@ -146,14 +154,12 @@ def _to_megatron_writers(metrics: dict[str, Any]) -> None:
         wandb.log(scalars, metrics["step"])
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of steps after `step`, which this attempt will do again."""
-    kept = [line for line in read_json_lines(path) if line["step"] <= step and step > 0]
+    """Move lines of steps after `step`, which this attempt will do again, to a file of their own beside it."""
+    lines = read_json_lines(path)
+    kept = [line for line in lines if line["step"] <= step and step > 0]
+    for line in lines[len(kept) :]:
+        append_json_line(path.with_name(f"{path.stem}.superseded{path.suffix}"), line)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.rename(path)

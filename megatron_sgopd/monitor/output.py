@@ -14,10 +14,14 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_sgopd.errors import Alarm, ConfigError
+from megatron_sgopd.checkpoint.files import locked
+from megatron_sgopd.errors import Alarm, ConfigError, Stopped
 
 LOGS, METRICS, SAMPLES, EVALUATIONS = "logs", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 SUMMARY = "summary.json"
+EXIT_STOPPED = os.EX_TEMPFAIL
+"""A run was asked to stop and has saved: whoever gets this exit code starts it again."""
+_LOCK = "run.lock"
 _terminal: int | None = None
 
 
@@ -69,11 +73,41 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Be the only one to train in a run folder.
+
+    Raises:
+        ConfigError: another process does.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / _LOCK).open("a") as file:
+        if not locked(file):
+            raise ConfigError(f"{run_dir} is being trained in by another process: wait for it, or set another run_dir")
+        yield
+
+
+def append_json_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a file that a run writes."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def is_cut(path: Path) -> bool:
+    """Whether the last line of a file was cut off."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
 @dataclass
 class Result:
     """How a rank ended."""
 
     code: int = 0
+    reason: str = ""
 
 
 @contextlib.contextmanager
@@ -93,12 +127,15 @@ def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
     result = Result()
     try:
         yield result
+    except Stopped as stopped:
+        result.code, result.reason = EXIT_STOPPED, str(stopped)
     except SystemExit as exit_:  # Megatron leaves this way over a flag that it does not know
         result.code = exit_.code if isinstance(exit_.code, int) else 1
+        result.reason = f"Megatron ended it with exit code {result.code}"
         if result.code:
-            error_file.write_text(f"Megatron ended it with exit code {result.code}")
+            error_file.write_text(result.reason)
     except Exception as error:
         result.code = {ConfigError: 2, Alarm: 3}.get(type(error), 1)
-        message = traceback.format_exc() if result.code == 1 else str(error)
+        result.reason = str(error) or type(error).__name__
         traceback.print_exc()
-        error_file.write_text(message)
+        error_file.write_text(traceback.format_exc() if result.code == 1 else str(error))

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.output import EVALUATIONS, LOGS, METRICS, SAMPLES, SUMMARY, read_json_lines
+from megatron_sgopd.monitor.output import EVALUATIONS, LOGS, METRICS, SAMPLES, SUMMARY, is_cut, read_json_lines
 from megatron_sgopd.recipe import RESOLVED
 
 _LONGEST_MESSAGE = 4000
@@ -61,7 +61,7 @@ def read_run(path: Path) -> RunFolder:
     alarms += [
         f"{name}: its last line is cut off, as of a run that was killed, and is left out"
         for name in (METRICS, EVALUATIONS, SAMPLES)
-        if _is_cut(path / name)
+        if is_cut(path / name)
     ]
     # A summary may be that of an earlier attempt with fewer steps.
     reached = not recipe or (metrics and metrics[-1]["step"] >= recipe["train"]["steps"])
@@ -148,11 +148,3 @@ def _verifier_faults(metrics: Sequence[dict[str, Any]]) -> list[str]:
                 f"verifier: {total} answers, those of evaluations included, are wrong for the fault '{fault}'"
             )
     return faults
-
-
-def _is_cut(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read() != b"\n"

@@ -12,7 +12,6 @@ A part counts once its .json is there, and that is written last.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -27,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_sgopd.checkpoint.files import sync_path, write_atomically
+from megatron_sgopd.checkpoint.files import locked, sync_path, write_atomically
 from megatron_sgopd.errors import ConfigError
 
 IDENTITY = "bank.json"
@@ -224,29 +223,20 @@ def writing(folder: Path, identity: BankIdentity, name: str) -> Iterator[BankWri
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("a") as lock:
-        if not _locked(lock):
+        if not locked(lock):
             raise ConfigError(f"{folder}: another process writes as {name}: wait for it, or take another shard")
         family = name.rpartition("-")[0]
         for path in folder.glob("*.lock"):
             if path.stem.rpartition("-")[0] == family:
                 continue
             with path.open("a") as other:
-                if not _locked(other):
+                if not locked(other):
                     raise ConfigError(
                         f"{folder}: {path.stem} is being written, and would do the same problems as {name}: "
                         "give all workers the same number of shards, and one run at a time"
                     )
         _claim(folder, identity, name)
         yield BankWriter(folder, name)
-
-
-def _locked(file: Any) -> bool:
-    """Take the file's lock, which its process keeps until it ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _claim(folder: Path, identity: BankIdentity, name: str) -> None:

@@ -94,12 +94,6 @@ def succeed(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finish
 
 
 @pytest.fixture(scope="session")
-def main_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Eleven steps with tensor parallelism over two ranks."""
-    return succeed(tmp_path_factory.mktemp("main"), {"train.steps": 11})
-
-
-@pytest.fixture(scope="session")
 def recorded_batch(main_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the first step's rollouts, without any scores."""
     folder = tmp_path_factory.mktemp("recorded")

@@ -1,12 +1,18 @@
 """What a whole run shows: rollouts from the trained policy, time explained, files written."""
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from megatron_sgopd.checkpoint.completeness import steps_saved
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.monitor.attempts import read_attempts
+from megatron_sgopd.monitor.output import EXIT_STOPPED, claimed
 
 from .conftest import Finished, start, succeed
 
@@ -93,12 +99,12 @@ def test_rollouts_come_from_the_policy_that_is_trained(main_run: Finished):
 
 @pytest.fixture(scope="session")
 def cooler_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return succeed(tmp_path_factory.mktemp("cooler"), {"train.steps": 11, "rollout.temperature": 0.7})
+    return succeed(tmp_path_factory.mktemp("cooler"), {"train.steps": 4, "rollout.temperature": 0.7})
 
 
 def test_so_they_do_at_another_temperature(cooler_run: Finished):
     assert cooler_run.metrics[0]["logprob_gap"] < 1e-4
-    assert cooler_run.metrics[10]["logprob_gap"] < 1e-4
+    assert cooler_run.metrics[3]["logprob_gap"] < 1e-4
 
 
 def test_at_most_a_twentieth_of_the_time_is_unexplained(main_run: Finished):
@@ -112,8 +118,19 @@ def test_each_step_takes_one_forward_of_teacher_and_reference(main_run: Finished
     assert (last["teacher_forwards"], last["reference_forwards"]) == (11, 11)
 
 
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(main_run: Finished, tmp_path: Path):
-    changes = {"train.steps": 11, "checkpoint.every": 4}
+def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_it_had_not_been(main_run: Finished, tmp_path: Path):
+    changes = {"train.steps": 11, "checkpoint.every": 4, "checkpoint.keep_last": 2}
+    process = start(tmp_path, changes)
+    wait_for_step(tmp_path, 2, process)
+    with pytest.raises(ConfigError, match="is being trained in by another process"), claimed(tmp_path):
+        pass
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, errors
+    [stopped] = read_attempts(tmp_path)
+    assert stopped.outcome == "stopped" and stopped.reached is not None and stopped.reached >= 2
+    assert f"stopped by SIGINT after {stopped.reached} steps; {stopped.reached} are saved" in output
+
     process = start(tmp_path, changes)
     wait_for_step(tmp_path, 6, process)
     process.kill()
@@ -121,6 +138,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(main_run: Finished,
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 11, "it ended before it could be killed"
     resumed = succeed(tmp_path, changes)
     assert "step 5/11" in resumed.output and "step 4/11" not in resumed.output
+    assert [(a.step, a.outcome) for a in read_attempts(tmp_path)] == [
+        (0, "stopped"),
+        (stopped.reached, "killed"),
+        (4, "finished"),
+    ]
+    superseded = (tmp_path / "metrics.superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in superseded][:2] == [5, 6], "what was done again is kept aside"
+    assert sorted(steps_saved(tmp_path / "checkpoints")) == [8, 11]
     assert [line["step"] for line in resumed.metrics] == list(range(1, 12))
     for ours, theirs in zip(resumed.metrics, main_run.metrics, strict=True):
         for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):

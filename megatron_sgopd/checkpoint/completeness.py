@@ -1,0 +1,141 @@
+"""Which of a run's own checkpoints are whole: each has a manifest, written after everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sgopd.checkpoint.files import sync_path, write_atomically
+from megatron_sgopd.checkpoint.locate import TRACKER
+from megatron_sgopd.errors import ConfigError
+
+MANIFEST = "manifest.json"
+BLOCKS = ".distcp"
+"""Suffix of the files with tensors, of which digests are only taken where they are asked for: they may be terabytes."""
+_BROKEN = ".broken"
+_STEP = re.compile(r"iter_(\d{7,})")
+
+
+class Unfinished(ConfigError):
+    """A checkpoint without manifest: whoever wrote it was interrupted."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written."""
+
+    bytes: int
+    digest: str | None
+    """blake2b of the content; None where it was not taken."""
+
+
+def steps_saved(checkpoints: Path) -> dict[int, Path]:
+    """Folders of a run's checkpoints by step, newest first, whole or not."""
+    found = {int(match[1]): path for path in checkpoints.glob("iter_*") if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Megatron's name for a checkpoint."""
+    return checkpoints / f"iter_{step:07d}"
+
+
+def newest_step(checkpoints: Path) -> int:
+    """Of the newest checkpoint with a manifest; 0 if there is none."""
+    return next((step for step, path in steps_saved(checkpoints).items() if (path / MANIFEST).is_file()), 0)
+
+
+def record(path: Path, with_digest: bool) -> FileRecord:
+    """What a manifest says of a file."""
+    digest = None
+    if with_digest or path.suffix != BLOCKS:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return FileRecord(path.stat().st_size, digest)
+
+
+def write_manifest(checkpoint: Path, records: Mapping[str, FileRecord]) -> None:
+    """Declare a checkpoint whole."""
+    content = {"files": {name: vars(found) for name, found in sorted(records.items())}}
+    write_atomically(checkpoint / MANIFEST, json.dumps(content, indent=1).encode())
+    sync_path(checkpoint)
+
+
+def check_complete(checkpoint: Path, with_digests: bool) -> None:
+    """Compare a checkpoint with its manifest: names and sizes, and the digests of all files that load by unpickling.
+
+    Args:
+        with_digests: those of the tensors too, where the manifest has them; reads the whole checkpoint.
+
+    Raises:
+        Unfinished: there is no manifest.
+        ConfigError: naming the first file that is missing or another one.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise Unfinished(f"{checkpoint.name} has no {MANIFEST}: whoever saved it was interrupted")
+    for name, stored in json.loads(path.read_text())["files"].items():
+        expected = FileRecord(**stored)
+        if not (checkpoint / name).is_file():
+            raise ConfigError(f"{checkpoint.name}/{name} is missing")
+        if (size := (checkpoint / name).stat().st_size) != expected.bytes:
+            raise ConfigError(f"{checkpoint.name}/{name} has {size} bytes, and was written with {expected.bytes}")
+        found = record(checkpoint / name, with_digests and expected.digest is not None)
+        if found.digest is not None and found.digest != expected.digest:
+            raise ConfigError(f"{checkpoint.name}/{name} has another digest than when it was written")
+
+
+def choose_newest(checkpoints: Path, with_digests: bool) -> tuple[int, list[str]]:
+    """Make the newest whole checkpoint the one that Megatron loads, and put the others after it out of the way.
+
+    What an interrupted save left is removed; a checkpoint that was whole and is broken now is renamed to
+    `iter_….broken`, and kept.
+
+    Returns:
+        Its step, 0 if the run has none yet, and why those after it were skipped.
+
+    Raises:
+        ConfigError: some were whole once, and none is any more: going on would begin anew.
+    """
+    skipped, chosen = [], 0
+    for step, path in steps_saved(checkpoints).items():
+        try:
+            check_complete(path, with_digests)
+        except Unfinished as error:
+            skipped.append(f"{error}; removed")
+            shutil.rmtree(path)
+        except ConfigError as error:
+            skipped.append(f"{error}; kept as {path.name}{_BROKEN}")
+            shutil.rmtree(path.with_name(path.name + _BROKEN), ignore_errors=True)
+            path.rename(path.with_name(path.name + _BROKEN))
+        else:
+            chosen = step
+            break
+    if chosen:
+        write_atomically(checkpoints / TRACKER, str(chosen).encode())
+    elif any(checkpoints.glob(f"iter_*{_BROKEN}")):
+        raise ConfigError(
+            f"no checkpoint in {checkpoints} is whole any more ({'; '.join(skipped) or 'they were broken before'}): "
+            "restore one of those that are kept as iter_….broken, or remove the folder to begin anew"
+        )
+    else:
+        (checkpoints / TRACKER).unlink(missing_ok=True)
+    return chosen, skipped
+
+
+def expired(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Steps whose checkpoints may go: not among the last `keep_last`, and no multiple of `keep_every`.
+
+    Args:
+        steps: those with a manifest, newest first.
+        keep_last: None keeps all.
+        keep_every: None keeps none for this.
+    """
+    if keep_last is None:
+        return []
+    return [step for step in steps[keep_last:] if not (keep_every and step % keep_every == 0)]

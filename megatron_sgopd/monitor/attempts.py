@@ -1,0 +1,73 @@
+"""RUN_DIR/attempts.jsonl: when each attempt at a run began, from which checkpoint, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.monitor.output import EXIT_STOPPED, append_json_line, is_cut, read_json_lines
+
+ATTEMPTS = "attempts.jsonl"
+OUTCOMES = {0: "finished", 1: "failed", 2: "refused", 3: "alarm", EXIT_STOPPED: "stopped"}
+"""By exit code: refused for bad input; stopped because it was asked to, and saved."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """From a start to an end."""
+
+    number: int
+    """From 1 on."""
+    began: str
+    """ISO 8601, UTC."""
+    step: int
+    """Steps in the newest checkpoint when it began."""
+    job: str | None
+    """Slurm's number of the job."""
+    host: str
+    """Of the first rank."""
+    ended: str | None = None
+    reached: int | None = None
+    """Steps in the newest checkpoint when it ended."""
+    outcome: str = "killed"
+    """One of OUTCOMES; killed if the attempt wrote no end, or is going on."""
+    reason: str = ""
+    """In words."""
+
+
+def begin_attempt(run_dir: Path, step: int) -> None:
+    """Note that an attempt begins; by the first rank."""
+    path = run_dir / ATTEMPTS
+    if is_cut(path):
+        path.write_text(path.read_text().rpartition("\n")[0] + "\n")
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    line = {"event": "begin", "time": _now(), "step": step, "job": os.environ.get("SLURM_JOB_ID"), "host": host}
+    append_json_line(path, line)
+
+
+def end_attempt(run_dir: Path, step: int, code: int, reason: str) -> None:
+    """Note how the attempt that began last has ended."""
+    outcome = OUTCOMES.get(code, OUTCOMES[1])
+    line = {"event": "end", "time": _now(), "step": step, "outcome": outcome, "reason": reason}
+    append_json_line(run_dir / ATTEMPTS, line)
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """All attempts, the oldest first; the last one may be going on."""
+    attempts: list[dict[str, Any]] = []
+    for line in read_json_lines(run_dir / ATTEMPTS):
+        if line["event"] == "begin":
+            begun = {name: line[name] for name in ("step", "job", "host")}
+            attempts.append({"number": len(attempts) + 1, "began": line["time"], **begun})
+        else:
+            attempts[-1] |= {"ended": line["time"], "reached": line["step"]}
+            attempts[-1] |= {name: line[name] for name in ("outcome", "reason")}
+    return [Attempt(**attempt) for attempt in attempts]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

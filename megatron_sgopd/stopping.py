@@ -1,0 +1,49 @@
+"""A run that is asked to stop: before its time limit or when preempted by a batch system, or by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import torch
+import torch.distributed as dist
+
+from megatron_sgopd.platform import current
+from megatron_sgopd.processes import STOP_SIGNALS
+
+
+class StopRequest:
+    """The signals of STOP_SIGNALS that this process has had since it began to listen."""
+
+    def __init__(self) -> None:
+        self._received = 0
+
+    def listen(self) -> None:
+        """Note the signals instead of dying of them; a second Ctrl-C ends the process at once.
+
+        Processes started from here on hold them back: a batch system signals every process of a job, and those that
+        write a checkpoint are still needed.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, _: self._note(number))  # for threads that are there already
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
+
+    def _wait(self) -> None:
+        while True:
+            self._note(signal.sigwait(STOP_SIGNALS))
+
+    def _note(self, number: int) -> None:
+        if number == self._received == signal.SIGINT:
+            os._exit(128 + number)
+        self._received = number
+
+    def asked(self) -> str | None:
+        """The name of a signal that some rank has had, the same on every rank; None if none has.
+
+        A collective: every rank calls it at the same points.
+        """
+        received = torch.tensor([self._received], device=current().device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        return signal.Signals(int(received)).name if int(received) else None

@@ -1,0 +1,109 @@
+"""`slurm/train.sbatch` on a real Slurm: to the end, through preemption, kills and lost nodes."""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from megatron_sgopd.checkpoint.completeness import newest_step
+from megatron_sgopd.cli import main
+from megatron_sgopd.monitor.attempts import read_attempts
+
+from ..e2e.conftest import RECIPE, REPOSITORY, SMALL, Finished
+from .cluster import Cluster, wait_until
+
+STEPS = 11
+CHANGES = SMALL | {"train.steps": STEPS, "checkpoint.every": 3, "logging.tensorboard": False}
+
+
+def submit(cluster: Cluster, run_dir: Path, **changes: Any) -> int:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    cluster.environment |= {"SGOPD_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    arguments = [f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE)]
+    for name, value in (CHANGES | {"run_dir": str(run_dir)} | changes).items():
+        arguments += ["--set", f"{name}={json.dumps(value)}"]
+    return cluster.submit(*arguments, cwd=REPOSITORY)
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def assert_as_uninterrupted(run_dir: Path, other: Finished) -> None:
+    ours = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    for line, expected in zip(ours, other.metrics, strict=True):
+        for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-8), (line["step"], name)
+    weights = []
+    for number, folder in enumerate((run_dir, other.folder)):
+        out = run_dir / f"exported_{number}"
+        assert main(["export", str(folder), str(out)]) == 0
+        weights.append(load_file(out / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0]), "weights differ in a bit"
+
+
+def test_a_job_that_is_asked_to_stop_queues_itself_again_and_ends_as_if_it_had_not_been(
+    cluster: Cluster, main_run: Finished, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, run_dir)
+    for steps in (2, 7):
+        wait_until(lambda steps=steps: steps_done(run_dir) >= steps, 150)
+        time.sleep(random.random())
+        cluster.run(["scancel", "--signal=USR1", "--batch", str(job)])
+        wait_until(lambda: cluster.state(job) == "PENDING", 60)
+    assert cluster.wait(job, 240) == "COMPLETED", (run_dir / "job.out").read_text()
+    attempts = read_attempts(run_dir)
+    assert [attempt.outcome for attempt in attempts] == ["stopped", "stopped", "finished"]
+    assert all(attempt.reached >= attempt.step + 1 for attempt in attempts), "each has saved what it had done"
+    assert {attempt.job for attempt in attempts} == {str(job)}
+    assert "requeue: yes, from step" in (run_dir / "job.out").read_text()
+    assert_as_uninterrupted(run_dir, main_run)
+
+
+@pytest.mark.long
+def test_a_rank_that_is_killed_and_a_node_that_is_lost_cost_no_more_than_the_steps_since_the_last_checkpoint(
+    cluster: Cluster, main_run: Finished, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, run_dir)
+    wait_until(lambda: steps_done(run_dir) >= 4, 150)
+    ranks = [
+        p for p in cluster.processes(SLURM_JOB_ID=str(job)) if "train" in p.cmdline() and "SLURM_PROCID" in p.environ()
+    ]
+    [rank] = [p for p in ranks if p.environ()["SLURM_PROCID"] == "1" and p.cmdline()[1].endswith("megatron-sgopd")]
+    rank.kill()
+    killed = time.monotonic()
+    wait_until(lambda: not [p for p in ranks if p.is_running() and p.status() != "zombie"], 60)
+    assert time.monotonic() - killed < 60
+    wait_until(lambda: cluster.state(job) == "PENDING", 60)
+    wait_until(lambda: len(read_attempts(run_dir)) == 2 and steps_done(run_dir) >= 5, 150)
+    cluster.unplug("n2")
+    wait_until(lambda: cluster.state(job) == "PENDING", 90)
+    cluster.boot("n2")
+    assert cluster.wait(job, 300) == "COMPLETED", (run_dir / "job.out").read_text()
+    assert [attempt.step for attempt in read_attempts(run_dir)] == [0, 3, 3]
+    assert_as_uninterrupted(run_dir, main_run)
+
+
+@pytest.mark.long
+def test_a_run_that_always_fails_at_the_same_step_is_given_up_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    cluster.environment["SGOPD_MAX_ATTEMPTS"] = "2"
+    try:
+        job = submit(cluster, run_dir, **{"sgopd.objective": "tests.slurm.failing:fails_in_the_third_step"})
+        assert cluster.wait(job, 300) == "FAILED"
+    finally:
+        del cluster.environment["SGOPD_MAX_ATTEMPTS"]
+    output = (run_dir / "job.out").read_text()
+    assert "requeue: no, 2 attempts in a row made no new checkpoint after step 0" in output
+    assert "the third step always fails" in output
+    assert newest_step(run_dir / "checkpoints") == 0 and len(read_attempts(run_dir)) == 2

@@ -1,0 +1,60 @@
+"""Attempts at a run, and whether there should be another."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sgopd.monitor.attempts import ATTEMPTS, begin_attempt, end_attempt, read_attempts
+from megatron_sgopd.monitor.output import EXIT_STOPPED
+from megatron_sgopd.requeue import decide
+
+
+def attempts(folder: Path, *ends: tuple[int, int | None]) -> None:
+    """Begin steps, and exit codes where the attempt wrote its end."""
+    for step, code in ends:
+        begin_attempt(folder, step)
+        if code is not None:
+            end_attempt(folder, step + 1, code, f"reason {code}")
+
+
+def test_what_is_read_is_what_happened_also_after_a_line_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    attempts(tmp_path, (0, EXIT_STOPPED), (1, None))
+    with (tmp_path / ATTEMPTS).open("a") as file:
+        file.write('{"event": "en')
+    attempts(tmp_path, (1, 3), (2, 139), (3, 0))
+    found = read_attempts(tmp_path)
+    assert [(a.number, a.step, a.reached, a.outcome) for a in found] == [
+        (1, 0, 1, "stopped"),
+        (2, 1, None, "killed"),
+        (3, 1, 2, "alarm"),
+        (4, 2, 3, "failed"),
+        (5, 3, 4, "finished"),
+    ]
+    assert found[0].reason == f"reason {EXIT_STOPPED}" and {(a.job, a.host) for a in found} == {("17", "n2")}
+
+
+@pytest.mark.parametrize(
+    ("ends", "step", "code", "again", "words"),
+    [
+        ([(0, EXIT_STOPPED)], 1, EXIT_STOPPED, True, "from step 1; reason 75"),
+        ([(0, None)], 0, 137, True, "from step 0; the last one was killed: no word of it"),
+        ([(0, 1), (0, 1), (0, None)], 0, 1, True, "from step 0"),
+        ([(0, 1), (0, 1), (0, 1), (0, 1)], 0, 1, False, "4 attempts in a row made no new checkpoint after step 0"),
+        ([(0, 1), (0, 1), (0, 1), (0, 1)], 5, 1, True, "from step 5"),
+        ([(0, 1), (5, 1), (5, 1), (5, 1)], 5, 1, True, "from step 5"),
+        ([(0, 2)], 0, 2, False, "its input is bad: reason 2"),
+        ([(0, 3)], 4, 3, False, "an alarm stopped it, and the same numbers would again: reason 3"),
+        ([(0, 0)], 8, 0, False, "the run is finished"),
+        ([], 0, 1, False, "before it could begin"),
+    ],
+)
+def test_who_is_queued_again(
+    ends: list[tuple[int, int | None]], step: int, code: int, again: bool, words: str, tmp_path: Path
+) -> None:
+    attempts(tmp_path, *ends)
+    found, reason = decide(read_attempts(tmp_path), step, code, most=4)
+    assert found == again and words in reason, reason
