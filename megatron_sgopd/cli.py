@@ -21,11 +21,13 @@ from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
+from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed
 from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
+from megatron_sgopd.status import add_command as add_status
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_compare(commands)
     add_report(commands)
+    add_status(commands)
     add_requeue(commands)
     add_commands(commands)
     return parser
@@ -166,12 +169,8 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
     if last and last[0].outcome == OUTCOMES[EXIT_STOPPED]:
         print(f"megatron-sgopd: {last[0].reason}; {last[0].reached} are saved, and the same command goes on from there")
         return EXIT_STOPPED
-    errors = sorted(logs.glob("*.error"), key=lambda path: path.stat().st_mtime)
-    if not errors:
-        print(f"megatron-sgopd: the ranks ended with exit code {code}; see {logs}/launcher.log", file=sys.stderr)
-        return 1
-    first, message = errors[0].stem, errors[0].read_text().strip()
-    print(f"megatron-sgopd: {first} failed: {message}\nIts whole output is in {logs / first}.log", file=sys.stderr)
+    said = diagnosis(run_dir) or f"the ranks ended with exit code {code}, without a word: see {logs}/launcher.log"
+    print(f"megatron-sgopd: {said}\nThe whole output of each rank is in {logs}/rank-*.log", file=sys.stderr)
     return 1
 
 

@@ -8,16 +8,17 @@ when it is whole, and only a whole one is loaded.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_sgopd.checkpoint.saving import Saves
 from megatron_sgopd.config import Settings, parse_flags
 from megatron_sgopd.errors import Stopped
 from megatron_sgopd.platform import select
-from megatron_sgopd.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from megatron_sgopd.run import Run
 
 
 def register() -> Settings:
@@ -38,48 +39,11 @@ def register() -> Settings:
 
     # The wheel ships the compiled helper but no Makefile, and Megatron exits when make fails.
     dataset_utils.compile_helpers = lambda: None
-    saves, stop_request = Saves(settings.checkpoint), StopRequest()
-    stop_request.listen()
-    training.save_checkpoint = _with_manifest(training.save_checkpoint, saves)
-    training.load_checkpoint = _from_whole(training.load_checkpoint, saves)
-    training.train_step = _with_rollouts(training.train_step, settings, saves, stop_request)
+    loop = _Loop(settings, training)
+    training.train_step = loop.train_step
+    training.save_checkpoint = loop.save_checkpoint
+    training.load_checkpoint = loop.load_checkpoint
     return settings
-
-
-def _with_manifest(save_checkpoint: Any, saves: Saves) -> Any:
-    """Megatron's `save_checkpoint`, after which a checkpoint is declared whole as soon as it is."""
-
-    @functools.wraps(save_checkpoint)
-    def save(iteration: int, *arguments: Any, **keywords: Any) -> None:
-        from megatron.training import get_args
-        from megatron.training.async_utils import maybe_finalize_async_save
-
-        args = get_args()
-        save_checkpoint(iteration, *arguments, **keywords)
-        if keywords.get("non_persistent_ckpt"):
-            return
-        saves.saved(Path(args.save), iteration)
-        if args.async_save and iteration < args.train_iters:
-            return  # while the next steps are trained
-        maybe_finalize_async_save(blocking=True)
-        saves.settle()
-
-    return save
-
-
-def _from_whole(load_checkpoint: Any, saves: Saves) -> Any:
-    """Megatron's `load_checkpoint`, for which the newest whole checkpoint of the run is chosen."""
-
-    @functools.wraps(load_checkpoint)
-    def load(*arguments: Any, **keywords: Any) -> Any:
-        from megatron.training import get_args
-
-        args = get_args()
-        if keywords.get("load_arg", "load") == "load" and args.load == args.save:
-            saves.choose(Path(args.load))
-        return load_checkpoint(*arguments, **keywords)
-
-    return load
 
 
 class _Held:
@@ -88,12 +52,52 @@ class _Held:
     def step(self, increment: int) -> None: ...
 
 
-def _with_rollouts(train_step: Any, settings: Settings, saves: Saves, stop_request: StopRequest) -> Any:
-    """Megatron's `train_step` with the stages of SG-OPD before and the records after it."""
-    run: Any = None
+class _Loop:
+    """Three functions of Megatron's loop, each with what SG-OPD does before and after it."""
 
-    @functools.wraps(train_step)
-    def step(
+    def __init__(self, settings: Settings, training: Any) -> None:
+        from megatron_sgopd.checkpoint.saving import Saves
+        from megatron_sgopd.stopping import StopRequest
+
+        self._settings = settings
+        self._train_step = training.train_step
+        self._save_checkpoint = training.save_checkpoint
+        self._load_checkpoint = training.load_checkpoint
+        self._save_and_time = training.save_checkpoint_and_time
+        self._saves = Saves(settings.checkpoint)
+        self._stop_request = StopRequest()
+        self._stop_request.listen()
+        self._run: Run | None = None
+
+    def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
+        """Choose the newest whole checkpoint of the run, and load it."""
+        from megatron.training import get_args
+
+        args = get_args()
+        if keywords.get("load_arg", "load") == "load" and args.load == args.save:
+            self._saves.choose(Path(args.load))
+        return self._load_checkpoint(*arguments, **keywords)
+
+    def save_checkpoint(self, iteration: int, *arguments: Any, **keywords: Any) -> None:
+        """Save, and declare the checkpoint whole as soon as it is."""
+        from megatron.training import get_args
+        from megatron.training.async_utils import maybe_finalize_async_save
+
+        args = get_args()
+        with self._run.clock("save") if self._run else contextlib.nullcontext():
+            self._save_checkpoint(iteration, *arguments, **keywords)
+            if keywords.get("non_persistent_ckpt"):
+                return
+            self._saves.saved(Path(args.save), iteration)
+            if args.async_save and iteration < args.train_iters:
+                return  # while the next steps are trained
+            maybe_finalize_async_save(blocking=True)
+            self._saves.settle()
+        if self._run and iteration == args.train_iters:
+            self._run.clock.heartbeat.stop()
+
+    def train_step(
+        self,
         forward_step_func: Any,
         data_iterator: Any,
         model: Any,
@@ -102,33 +106,30 @@ def _with_rollouts(train_step: Any, settings: Settings, saves: Saves, stop_reque
         config: Any,
         forward_backward_func: Any,
         iteration: int,
-        **kwargs: Any,
+        **keywords: Any,
     ) -> Any:
-        nonlocal run
-        import megatron.training.training as training
+        """The stages of SG-OPD, Megatron's optimizer steps on their batch, and the records."""
         from megatron.core.rerun_state_machine import RerunDataIterator
         from megatron.training import get_args
-        from megatron.training.async_utils import is_empty_async_queue, maybe_finalize_async_save
+        from megatron.training.async_utils import is_empty_async_queue
 
         from megatron_sgopd import run as runs
         from megatron_sgopd.models.microbatch import microbatches
 
         args = get_args()
         if args.async_save and is_empty_async_queue():
-            saves.settle()
-        if run is None:
-            run = runs.start(settings, args, model, optimizer, stop_request)
+            self._saves.settle()
+        if self._run is None:
+            self._run = runs.start(self._settings, args, model, optimizer, self._stop_request)
+        run = self._run
         try:
             batch, policy = run.before_training(iteration)
         except Stopped:
-            # Nothing has changed since the step before.
-            if 0 < iteration != saves.newest:
-                flops = args.num_floating_point_operations_so_far
-                training.save_checkpoint_and_time(iteration, model, optimizer, opt_param_scheduler, flops, {})
-            maybe_finalize_async_save(blocking=True)
-            saves.settle()
+            self._save_what_is_done(iteration, model, optimizer, opt_param_scheduler)
             raise
-        share = batch.rows.rows // run.student.groups.dp.size()
+        assert batch.rows is not None
+        rows = batch.rows
+        share = rows.rows // run.student.groups.dp.size()
         first = share * run.student.groups.dp.rank()
         updates = [policy]
 
@@ -137,8 +138,8 @@ def _with_rollouts(train_step: Any, settings: Settings, saves: Saves, stop_reque
             return forward_backward_func(**{**arguments, "num_microbatches": share // args.micro_batch_size})
 
         def update(last: bool) -> Any:
-            mine = microbatches(batch.rows, first, first + share, args.micro_batch_size)
-            return train_step(
+            mine = microbatches(rows, first, first + share, args.micro_batch_size)
+            return self._train_step(
                 updates[-1],
                 RerunDataIterator(mine),
                 model,
@@ -147,22 +148,24 @@ def _with_rollouts(train_step: Any, settings: Settings, saves: Saves, stop_reque
                 config,
                 schedule,
                 iteration=iteration,
-                **kwargs,
+                **keywords,
             )
 
         with run.clock("train"):
-            for left in reversed(range(settings.sgopd.updates_per_batch)):
+            for left in reversed(range(self._settings.sgopd.updates_per_batch)):
                 result = update(last=left == 0)
                 if left:
                     updates.append(policy.next_update())
-        done = iteration + 1
-        run.after_training(
-            batch,
-            updates,
-            grad_norm=result[5],
-            last=done == args.train_iters,
-            saves=bool(args.save and args.save_interval and done % args.save_interval == 0),
-        )
+        run.after_training(batch, updates, grad_norm=result[5], last=iteration + 1 == args.train_iters)
         return result
 
-    return step
+    def _save_what_is_done(self, iteration: int, model: Any, optimizer: Any, opt_param_scheduler: Any) -> None:
+        """Save the state after `iteration` steps, unless that was done at the end of the last one."""
+        from megatron.training import get_args
+        from megatron.training.async_utils import maybe_finalize_async_save
+
+        if 0 < iteration != self._saves.newest:
+            flops = get_args().num_floating_point_operations_so_far
+            self._save_and_time(iteration, model, optimizer, opt_param_scheduler, flops, {})
+        maybe_finalize_async_save(blocking=True)
+        self._saves.settle()

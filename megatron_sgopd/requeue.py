@@ -13,6 +13,7 @@ from typing import Any
 from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.monitor.attempts import Attempt, read_attempts
+from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED
 
 _USELESS = {"refused": "its input is bad", "alarm": "an alarm stopped it, and the same numbers would again"}
@@ -42,6 +43,8 @@ def _requeue(arguments: argparse.Namespace) -> int:
     run_dir = Path(load_recipe(arguments.recipe, arguments.set).run_dir)
     attempts, step = read_attempts(run_dir), newest_step(run_dir / "checkpoints")
     again, reason = decide(attempts, step, arguments.code, arguments.max_attempts)
+    if arguments.code not in (0, EXIT_STOPPED) and (said := diagnosis(run_dir)):
+        print(f"attempt {len(attempts)}: {said}", file=sys.stderr)
     print(f"requeue: {'yes' if again else 'no'}, {reason}", file=sys.stderr, flush=True)
     if again and arguments.code != EXIT_STOPPED:  # what failed may need a moment to come back
         time.sleep(min(_LONGEST_WAIT, 5 * 2 ** idle_attempts(attempts, step)))

@@ -23,6 +23,7 @@ from megatron_sgopd.models.scorer import Scorer
 from megatron_sgopd.models.weights import load_weights
 from megatron_sgopd.monitor.alarms import check_metrics
 from megatron_sgopd.monitor.clock import Clock
+from megatron_sgopd.monitor.heartbeat import Heartbeat
 from megatron_sgopd.monitor.metrics import Monitor
 from megatron_sgopd.monitor.samples import sample_lines
 from megatron_sgopd.objective.methods import Method
@@ -61,13 +62,9 @@ class Run:
     stop_request: StopRequest
     truncated_history: list[bool] = field(default_factory=list)
 
-    saves: bool = False
-    """Megatron saves a checkpoint after the step that was just trained."""
-
     def before_training(self, step: int) -> tuple[Batch, PolicyStep]:
         """The stages up to the optimizer step."""
-        if self.saves:
-            self.clock.add("save", self.clock.since_lap())
+        self.clock.heartbeat.step = step
         batch = prepare(self, step)
         tokens, outcomes_T, counted_T = signals(self, batch)
         policy = PolicyStep(
@@ -82,17 +79,14 @@ class Run:
         )
         return batch, policy
 
-    def after_training(
-        self, batch: Batch, updates: Sequence[PolicyStep], grad_norm: float | None, last: bool, saves: bool
-    ) -> None:
+    def after_training(self, batch: Batch, updates: Sequence[PolicyStep], grad_norm: float | None, last: bool) -> None:
         """Records, alarms and evaluations of the step that was just trained.
 
         Args:
             updates: the optimizer steps on this batch, of which the first one's statistics are the step's.
             grad_norm: before clipping; None where Megatron was told not to clip and so did not take it.
-            saves: whether Megatron saves a checkpoint before the next step.
         """
-        done, self.saves = batch.step + 1, saves
+        done = batch.step + 1
         with self.clock("record"):
             policy = updates[0]
             metrics: dict[str, Any] = policy.metrics() | batch_metrics(batch) | self.verification.faults
@@ -126,6 +120,7 @@ class Run:
         if last:
             self.monitor.summary()
             self.verification.close()
+            self.clock.heartbeat.stop()
 
     def stop_if_asked(self, step: int) -> None:
         """A safe point: the stages before the optimizer step change nothing that is saved.
@@ -134,7 +129,7 @@ class Run:
             Stopped: on all ranks, if one of them was signalled.
         """
         if (name := self.stop_request.asked()) is not None:
-            raise Stopped(f"stopped by {name} after {step} steps")
+            raise Stopped(f"stopped by {name}, received in {self.stop_request.stage}, after {step} steps")
 
     def keeps_samples(self, step: int) -> bool:
         """Some of this step's responses go to samples.jsonl."""
@@ -193,7 +188,8 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     Raises:
         ConfigError: something does not fit, found before the expensive parts are built where possible.
     """
-    clock = Clock()
+    heartbeat = Heartbeat(Path(settings.run_dir), dist.get_rank(), settings.alarms)
+    stop_request.heartbeat, clock = heartbeat, Clock(heartbeat)
     inputs = check_inputs(settings, args.seq_length)
     _check_arguments(settings, args, model)
     _check_same_prompts(Path(settings.run_dir) / "prompts.digest", inputs.train.digest, args.iteration)

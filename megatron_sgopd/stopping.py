@@ -9,6 +9,7 @@ import threading
 import torch
 import torch.distributed as dist
 
+from megatron_sgopd.monitor.heartbeat import START, Heartbeat
 from megatron_sgopd.platform import current
 from megatron_sgopd.processes import STOP_SIGNALS
 
@@ -18,6 +19,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received = 0
+        self.heartbeat: Heartbeat | None = None
+        """Of the run, once it has begun."""
+        self.stage = START
+        """In which this rank was when it was signalled."""
 
     def listen(self) -> None:
         """Note the signals instead of dying of them; a second Ctrl-C ends the process at once.
@@ -38,6 +43,8 @@ class StopRequest:
         if number == self._received == signal.SIGINT:
             os._exit(128 + number)
         self._received = number
+        if self.heartbeat is not None:
+            self.stage = self.heartbeat.stage
 
     def asked(self) -> str | None:
         """The name of a signal that some rank has had, the same on every rank; None if none has.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sgopd.checkpoint.files import sync_path, write_atomically
-from megatron_sgopd.checkpoint.locate import TRACKER
 from megatron_sgopd.errors import ConfigError
 
 MANIFEST = "manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Where Megatron says which iteration is the newest one."""
 BLOCKS = ".distcp"
 """Suffix of the files with tensors, of which digests are only taken where they are asked for: they may be terabytes."""
 _BROKEN = ".broken"

@@ -8,13 +8,11 @@ from typing import Any
 
 import yaml
 
+from megatron_sgopd.checkpoint.completeness import TRACKER
 from megatron_sgopd.checkpoint.files import CONVERSION
 from megatron_sgopd.checkpoint.torch_dist import METADATA
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.recipe import RESOLVED
-
-TRACKER = "latest_checkpointed_iteration.txt"
-"""Where Megatron says which iteration is the newest complete one."""
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:

@@ -7,11 +7,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
+from megatron_sgopd.monitor.heartbeat import BETWEEN, Heartbeat
+
 
 class Clock:
-    """Adds up the wall-clock seconds of named stages between two laps."""
+    """Adds up the wall-clock seconds of named stages between two laps, and says which one it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
         self._stages: dict[str, float] = defaultdict(float)
         self._lap = time.perf_counter()
 
@@ -19,18 +22,14 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         """Count the body's time for `stage`."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._stages[stage] += time.perf_counter() - start
+        self.heartbeat.enter(stage)
+        yield  # an error leaves the stage as it is, for the diagnosis
+        self.heartbeat.enter(BETWEEN)
+        self._stages[stage] += time.perf_counter() - start
 
     def since_lap(self) -> float:
         """Seconds since the last lap."""
         return time.perf_counter() - self._lap
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Count time that was measured elsewhere."""
-        self._stages[stage] += seconds
 
     def lap(self) -> tuple[dict[str, float], float]:
         """Stages and total seconds since the last lap; starts the next one."""

@@ -87,6 +87,14 @@ def claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def is_claimed(run_dir: Path) -> bool:
+    """Whether somebody trains in a run folder now."""
+    if not (run_dir / _LOCK).is_file():
+        return False
+    with (run_dir / _LOCK).open() as file:
+        return not locked(file)
+
+
 def append_json_line(path: Path, line: dict[str, Any]) -> None:
     """Add a line to a file that a run writes."""
     with path.open("a") as file:

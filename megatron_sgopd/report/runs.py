@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.monitor.attempts import ATTEMPTS
+from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EVALUATIONS, LOGS, METRICS, SAMPLES, SUMMARY, is_cut, read_json_lines
 from megatron_sgopd.recipe import RESOLVED
 
-_LONGEST_MESSAGE = 4000
 _STEP = re.compile(rb'\{"step": (\d+),')
 
 
@@ -47,17 +48,14 @@ def read_run(path: Path) -> RunFolder:
     Raises:
         ConfigError: it is none, or one of its files is broken before its last line.
     """
-    if not (path / METRICS).is_file():
+    if not ((path / METRICS).is_file() or (path / ATTEMPTS).is_file()):
         raise ConfigError(
             f"{path} is not the folder of a run: it has no {METRICS}. Give the run_dir of a training run; those of a "
             "comparison are OUT/cells/VARIANT/seed_N"
         )
     recipe = yaml.safe_load((path / RESOLVED).read_text()) if (path / RESOLVED).is_file() else {}
     metrics = read_json_lines(path / METRICS)
-    alarms = [
-        f"{error.stem} failed: {error.read_text().strip()[-_LONGEST_MESSAGE:]}"
-        for error in sorted((path / LOGS).glob("*.error"), key=lambda error: error.stat().st_mtime)
-    ]
+    alarms = [said for said in [diagnosis(path)] if said]
     alarms += [
         f"{name}: its last line is cut off, as of a run that was killed, and is left out"
         for name in (METRICS, EVALUATIONS, SAMPLES)

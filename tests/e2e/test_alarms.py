@@ -73,3 +73,11 @@ def test_a_gradient_that_is_no_number(recorded_batch: Path, tmp_path: Path):
     broken = changed_weights(STUDENT, tmp_path / "student", lambda w: w * float("inf"))
     changes = {"logging.replay": str(recorded_batch), "model.path": broken, "sgopd.method": "grpo"}
     assert "loss is nan" in diagnosis(tmp_path, changes)
+
+
+def test_a_rank_that_hangs_ends_the_run_with_the_stage_named_and_every_rank_stack(tmp_path: Path):
+    changes = {"train.steps": 5, "alarms.hang_seconds": 5.0, "data.heldout": None, "logging.record": None}
+    run = train(tmp_path, changes | {"sgopd.objective": "tests.faulty:sleeps_in_a_later_step"})
+    assert run.code == 1
+    assert ", train of step " in run.errors and ": hung for more than " in run.errors
+    assert "sleeps_in_a_later_step" in (tmp_path / "logs/rank-1.stack").read_text()

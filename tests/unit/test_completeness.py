@@ -6,6 +6,7 @@ import pytest
 
 from megatron_sgopd.checkpoint.completeness import (
     MANIFEST,
+    TRACKER,
     Unfinished,
     check_complete,
     choose_newest,
@@ -14,7 +15,6 @@ from megatron_sgopd.checkpoint.completeness import (
     record,
     write_manifest,
 )
-from megatron_sgopd.checkpoint.locate import TRACKER
 from megatron_sgopd.errors import ConfigError
 
 FILES = (".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp")

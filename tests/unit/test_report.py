@@ -185,7 +185,7 @@ def test_what_stopped_a_run_is_said(tmp_path: Path) -> None:
         file.write('{"step": 4, "lo')
     assert state([run]) != before
     assert read_run(run).alarms == [
-        "rank-0 failed: step 3: loss is nan: lower train.learning_rate",
+        "rank 0: step 3: loss is nan: lower train.learning_rate",
         "metrics.jsonl: its last line is cut off, as of a run that was killed, and is left out",
     ]
     assert [line["step"] for line in read_run(run).metrics] == [1, 2, 3]

@@ -1,0 +1,66 @@
+"""What ended an attempt: the first thing that went wrong, where, and in which stage."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from megatron_sgopd.monitor.attempts import read_attempts
+from megatron_sgopd.monitor.heartbeat import Beat, read_beats, stack_file
+from megatron_sgopd.monitor.output import LOGS
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "EOFError")
+"""In errors of ranks whose peer went away."""
+_MEMORY_OF = {
+    "generate": "rollout.memory_fraction (GPU), rollout.cache_gib (CPU)",
+    "teacher": "train.rows_per_microbatch or train.row_tokens, or set teacher.offload=true",
+    "reference": "train.rows_per_microbatch or train.row_tokens, or set teacher.offload=true",
+    "train": "train.rows_per_microbatch, train.row_tokens or sgopd.logprob_chunk_tokens",
+    "sync": "rollout.sync_bucket_mib or rollout.memory_fraction",
+}
+"""What to lower where a stage runs out of it."""
+
+
+def diagnosis(run_dir: Path) -> str:
+    """One message about the last attempt; empty if nothing went wrong, or nothing left a word."""
+    attempts = read_attempts(run_dir)
+    began = datetime.fromisoformat(attempts[-1].began).timestamp() if attempts else 0.0
+    beats = {beat.rank: beat for beat in read_beats(run_dir) if beat.time >= began}
+    hung = [rank for rank in beats if (path := stack_file(run_dir, rank)).is_file() and path.stat().st_size]
+    if hung:
+        return _of_hung(run_dir, [beats[rank] for rank in hung])
+    errors = sorted((run_dir / LOGS).glob("rank-*.error"), key=lambda path: path.stat().st_mtime)
+    texts = {int(path.stem.removeprefix("rank-")): path.read_text().strip() for path in errors}
+    if not texts:
+        return ""
+    silent = [beat for rank, beat in beats.items() if rank not in texts]
+    if silent and all(any(words in text for words in _LOST_PEER) for text in texts.values()):
+        return (
+            f"{_place(silent[0])}: ended without a word. It was killed from outside, as by the kernel where memory "
+            "runs out (see dmesg), or its node was lost; the other ranks then lost it"
+        )
+    rank, text = next(iter(texts.items()))
+    where = _place(beats[rank]) if rank in beats else f"rank {rank}"
+    if text.startswith("Traceback"):
+        text = f"{text.splitlines()[-1]} (traceback: {run_dir / LOGS}/rank-{rank}.error)"
+    return f"{where}: {text}{_advice(beats.get(rank), text)}"
+
+
+def _of_hung(run_dir: Path, beats: list[Beat]) -> str:
+    first = min(beats, key=lambda beat: beat.time)
+    others = [str(beat.rank) for beat in beats if beat is not first]
+    return (
+        f"{_place(first)}: hung for more than {first.limit:.0f} s"
+        + (f", and so did {', '.join(others)}" if others else "")
+        + f". What each was doing is in {run_dir / LOGS}/rank-*.stack. If it only was slow, raise alarms.hang_seconds"
+    )
+
+
+def _place(beat: Beat) -> str:
+    return f"rank {beat.rank} on {beat.host}, {beat.stage} of step {beat.step + 1}"
+
+
+def _advice(beat: Beat | None, error: str) -> str:
+    if beat is None or ("OutOfMemoryError" not in error and "MemoryError" not in error):
+        return ""
+    return f"\nOut of memory in {beat.stage}: lower {_MEMORY_OF.get(beat.stage, 'rollout.memory_fraction')}."

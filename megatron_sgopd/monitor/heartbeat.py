@@ -1,0 +1,90 @@
+"""Which stage of which step each rank is in, for whoever looks, and an end to a stage that hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatron_sgopd.config import AlarmSettings
+from megatron_sgopd.monitor.output import LOGS
+
+HEARTBEATS = "heartbeats"
+START, BETWEEN = "start", "between stages"
+_RECORD_BYTES = 256
+"""A record is overwritten in one write of always the same length, so that a reader sees a whole one."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank was when it last entered a stage."""
+
+    rank: int
+    host: str
+    stage: str
+    step: int
+    """Steps done before this one."""
+    time: float
+    """Seconds since the epoch."""
+    limit: float
+    """Seconds after which the rank ends itself if it is still there."""
+
+
+class Heartbeat:
+    """This rank's record in RUN_DIR/heartbeats.
+
+    A stage may take `alarms.first_hang_seconds` the first time, then `alarms.hang_seconds` or ten times its longest so
+    far, whichever is more. After that, every thread's Python stack is written to RUN_DIR/logs/rank-N.stack and the
+    process ends, from a thread of faulthandler's own that needs no lock of the interpreter's.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, settings: AlarmSettings) -> None:
+        self._rank, self._settings = rank, settings
+        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._longest: dict[str, float] = {}
+        self.stage, self.step = START, 0
+        self._entered = time.monotonic()
+        (run_dir / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        self._record = os.open(_record(run_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._stack: IO[str] = stack_file(run_dir, rank).open("w")
+        self._watch()
+
+    def enter(self, stage: str) -> None:
+        """The stage before has ended, and this one begins."""
+        now = time.monotonic()
+        self._longest[self.stage] = max(self._longest.get(self.stage, 0.0), now - self._entered)
+        self.stage, self._entered = stage, now
+        self._watch()
+
+    def _watch(self) -> None:
+        limit = self._settings.first_hang_seconds
+        if self.stage in self._longest:
+            limit = max(self._settings.hang_seconds, 10 * self._longest[self.stage])
+        faulthandler.dump_traceback_later(limit, file=self._stack, exit=True)
+        beat = Beat(self._rank, self._host, self.stage, self.step, time.time(), limit)
+        os.pwrite(self._record, json.dumps(vars(beat)).ljust(_RECORD_BYTES).encode(), 0)
+
+    def stop(self) -> None:
+        """No more stages: nothing is watched any longer."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+def stack_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank that hangs writes its stack."""
+    return run_dir / LOGS / f"rank-{rank}.stack"
+
+
+def read_beats(run_dir: Path) -> list[Beat]:
+    """Every rank's last one, by rank."""
+    texts = [path.read_text() for path in (run_dir / HEARTBEATS).glob("rank-*")]
+    return sorted((Beat(**json.loads(text)) for text in texts if text), key=lambda beat: beat.rank)
+
+
+def _record(run_dir: Path, rank: int) -> Path:
+    return run_dir / HEARTBEATS / f"rank-{rank}"

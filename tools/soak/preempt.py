@@ -1,0 +1,43 @@
+""".venv/bin/python tools/soak/preempt.py [--times 20]       (needs a Slurm: make slurm-deps)
+
+Ask a job to stop so many times, in every stage of a step, by scancel and by signals to its ranks in turn, and compare
+the weights and metrics that come of it, bit for bit, with those of a job that was left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+
+from soaking import STAGES, Soak, soak
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--times", type=int, default=20, help="signals (20)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    done, report = soak(3 * arguments.times, arguments.times, arguments.seed, _ask_to_stop)
+    missed = sorted(set(STAGES) - set(done.hit)) if arguments.times >= 2 * len(STAGES) else []
+    print(json.dumps(report | {"received in": dict(done.hit), "stages missed": missed}))
+    return 1 if report["differs in"] or missed else 0
+
+
+def _ask_to_stop(one: Soak, number: int) -> None:
+    """In turn in each stage by a signal to the ranks, and at a random moment as Slurm itself does."""
+    if number % 2:
+        one.wait_for("between stages")
+        time.sleep(3 * one.random.random())
+        one.cluster.run(["scancel", "--signal=USR1", "--batch", str(one.job)])
+        return
+    ranks = one.ranks()
+    one.wait_for(STAGES[number // 2 % len(STAGES)])
+    for process in ranks:
+        process.send_signal(signal.SIGUSR1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
