@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -33,6 +35,7 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, _: self._note(number))  # for threads that are there already
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        atexit.register(_end_daemons)
         threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
 
     def _wait(self) -> None:
@@ -54,3 +57,10 @@ class StopRequest:
         received = torch.tensor([self._received], device=current().device)
         dist.all_reduce(received, dist.ReduceOp.MAX)
         return signal.Signals(int(received)).name if int(received) else None
+
+
+def _end_daemons() -> None:
+    """Python itself would end them by a signal that they hold back, and wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

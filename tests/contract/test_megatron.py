@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_without_interleaving,
 )
 from megatron.training import training
+from megatron.training.async_utils import maybe_finalize_async_save
 
 
 def parameters(function: object) -> list[str]:
@@ -31,6 +32,22 @@ def test_the_loop_calls_train_step_by_its_module_name_with_these_arguments():
     call = inspect.getsource(training.train)
     assert "= train_step(" in call
     assert "forward_backward_func, iteration=iteration," in call
+
+
+def test_the_loop_saves_and_loads_by_module_names_with_these_arguments():
+    for function in (training.save_checkpoint, training.save_checkpoint_and_time):
+        assert parameters(function)[:5] == [
+            "iteration",
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "num_floating_point_operations_so_far",
+        ]
+    assert parameters(training.save_checkpoint_and_time)[5] == "checkpointing_context"
+    assert parameters(training.load_checkpoint)[3] == "load_arg"
+    assert "\n    save_checkpoint(\n        iteration," in inspect.getsource(training.save_checkpoint_and_time)
+    assert "= load_checkpoint(\n" in inspect.getsource(training.setup_model_and_optimizer)
+    assert parameters(maybe_finalize_async_save) == ["blocking", "terminate"]
 
 
 def test_train_step_gives_the_schedule_the_number_of_microbatches_by_name():

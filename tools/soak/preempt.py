@@ -28,9 +28,9 @@ def main() -> int:
 
 def _ask_to_stop(one: Soak, number: int) -> None:
     """In turn in each stage by a signal to the ranks, and at a random moment as Slurm itself does."""
+    one.wait_for("train")
+    time.sleep(2 * one.random.random())
     if number % 2:
-        one.wait_for("between stages")
-        time.sleep(3 * one.random.random())
         one.cluster.run(["scancel", "--signal=USR1", "--batch", str(one.job)])
         return
     ranks = one.ranks()

@@ -95,10 +95,10 @@ class Soak:
         return took
 
     def wait_for(self, stage: str) -> None:
-        """Until the first rank is in a stage, which it may be for milliseconds."""
-        deadline = time.monotonic() + _ATTEMPT_SECONDS
-        while not any(beat.stage == stage and beat.rank == 0 for beat in read_beats(self.run_dir)):
-            if time.monotonic() > deadline:
+        """Until the first rank enters a stage, in which it may be for milliseconds."""
+        since = time.time()
+        while not any(b.stage == stage and b.rank == 0 and b.time >= since for b in read_beats(self.run_dir)):
+            if time.time() > since + _ATTEMPT_SECONDS:
                 raise TimeoutError(f"no rank was in {stage} for {_ATTEMPT_SECONDS} s")
 
     def faults(self) -> list[str]:
