@@ -9,8 +9,8 @@ test: setup  ## all tests that need no GPU
 test-long: setup  ## the few tests that `make test` leaves out for their length
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long
 
-test-checkpoints: setup  ## conversion only; part of `make test`
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/checkpoints
+test-checkpoints: setup  ## conversion only, with a real model; all but that is part of `make test`
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/checkpoints -m "long or not long"
 
 test-browser: setup  ## the report in Chromium; part of `make test` where chromium and chromium-driver are installed
 	@command -v chromedriver >/dev/null || { echo "Chromium is missing: apt-get install chromium-driver" >&2; exit 1; }

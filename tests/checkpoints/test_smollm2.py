@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .conftest import REPOSITORY, Conversion, environment, run_all
 
+pytestmark = pytest.mark.long
 RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
 PROMPT = "The capital of France is Paris. Write about its history:"
 TOKENS = 64
@@ -87,7 +88,6 @@ def test_vllm_and_transformers_write_the_same_text(smollm2: Conversion) -> None:
     assert "Paris" in tokenizer.decode(text)
 
 
-@pytest.mark.long
 def test_a_training_step_and_its_export(smollm2: Conversion, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

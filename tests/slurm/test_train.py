@@ -56,15 +56,14 @@ def test_a_job_that_is_asked_to_stop_queues_itself_again_and_ends_as_if_it_had_n
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, run_dir)
-    for steps in (2, 7):
-        wait_until(lambda steps=steps: steps_done(run_dir) >= steps, 150)
-        time.sleep(random.random())
-        cluster.run(["scancel", "--signal=USR1", "--batch", str(job)])
-        wait_until(lambda: cluster.state(job) == "PENDING", 60)
+    wait_until(lambda: steps_done(run_dir) >= 2, 150)
+    time.sleep(random.random())
+    cluster.run(["scancel", "--signal=USR1", "--batch", str(job)])
+    wait_until(lambda: cluster.state(job) == "PENDING", 60)
     assert cluster.wait(job, 240) == "COMPLETED", (run_dir / "job.out").read_text()
     attempts = read_attempts(run_dir)
-    assert [attempt.outcome for attempt in attempts] == ["stopped", "stopped", "finished"]
-    assert all(attempt.reached >= attempt.step + 1 for attempt in attempts), "each has saved what it had done"
+    assert [attempt.outcome for attempt in attempts] == ["stopped", "finished"]
+    assert attempts[0].reached is not None and attempts[0].reached >= 2, "it has saved what it had done"
     assert {attempt.job for attempt in attempts} == {str(job)}
     assert "requeue: yes, from step" in (run_dir / "job.out").read_text()
     assert_as_uninterrupted(run_dir, main_run)
