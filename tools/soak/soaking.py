@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -73,11 +74,12 @@ class Soak:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the attempt that is going on, by rank."""
-        found = {
-            int(process.environ()["SLURM_PROCID"]): process
-            for process in self.cluster.processes(SLURM_JOB_ID=str(self.job))
-            if process.cmdline()[1:2] == [str(Path(sys.prefix) / "bin/megatron-sgopd")] and "train" in process.cmdline()
-        }
+        found = {}
+        for process in self.cluster.processes(SLURM_JOB_ID=str(self.job)):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                words = process.cmdline()
+                if words[1:2] == [str(Path(sys.prefix) / "bin/megatron-sgopd")] and "train" in words:
+                    found[int(process.environ()["SLURM_PROCID"])] = process
         return [found[rank] for rank in sorted(found)]
 
     def disturb(self, times: int, disturbance: Callable[[Soak, int], None]) -> list[float]:
