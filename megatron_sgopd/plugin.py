@@ -81,7 +81,6 @@ class _Loop:
     def save_checkpoint(self, iteration: int, *arguments: Any, **keywords: Any) -> None:
         """Save, and declare the checkpoint whole as soon as it is."""
         from megatron.training import get_args
-        from megatron.training.async_utils import maybe_finalize_async_save
 
         args = get_args()
         with self._run.clock("save") if self._run else contextlib.nullcontext():
@@ -91,8 +90,7 @@ class _Loop:
             self._saves.saved(Path(args.save), iteration)
             if args.async_save and iteration < args.train_iters:
                 return  # while the next steps are trained
-            maybe_finalize_async_save(blocking=True)
-            self._saves.settle()
+            self._finish_saves()
         if self._run and iteration == args.train_iters:
             self._run.clock.heartbeat.stop()
 
@@ -162,10 +160,15 @@ class _Loop:
     def _save_what_is_done(self, iteration: int, model: Any, optimizer: Any, opt_param_scheduler: Any) -> None:
         """Save the state after `iteration` steps, unless that was done at the end of the last one."""
         from megatron.training import get_args
-        from megatron.training.async_utils import maybe_finalize_async_save
 
         if 0 < iteration != self._saves.newest:
             flops = get_args().num_floating_point_operations_so_far
             self._save_and_time(iteration, model, optimizer, opt_param_scheduler, flops, {})
+        self._finish_saves()
+
+    def _finish_saves(self) -> None:
+        """Wait for what is saved in the background, and declare it whole."""
+        from megatron.training.async_utils import maybe_finalize_async_save
+
         maybe_finalize_async_save(blocking=True)
         self._saves.settle()

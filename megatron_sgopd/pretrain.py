@@ -5,7 +5,6 @@ A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,21 @@ from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.config import Settings
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.output import Result, claimed, reporting_errors
-from megatron_sgopd.processes import die_with_parent
+from megatron_sgopd.processes import die_with_parent, is_first_rank
 
 
 def main() -> int:
     """Parse Megatron's and the plugin's flags, and train."""
     die_with_parent()
     settings = register()
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return _train(settings).code
     run_dir = Path(settings.run_dir)
+    checkpoints = run_dir / "checkpoints"
     with claimed(run_dir):
-        begin_attempt(run_dir, newest_step(run_dir / "checkpoints"))
+        begin_attempt(run_dir, newest_step(checkpoints))
         result = _train(settings)
-        end_attempt(run_dir, newest_step(run_dir / "checkpoints"), result.code, result.reason)
+        end_attempt(run_dir, newest_step(checkpoints), result.code, result.reason)
     return result.code
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 from collections.abc import Iterator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -38,6 +39,16 @@ def joined_ranks() -> Iterator[int]:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    """Whether torchrun's, srun's or a lone process is the one that speaks and writes for all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def node_name() -> str:
+    """Slurm's name of this node where there is one: several of them may share a host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def adopt_slurm_ranks() -> None:

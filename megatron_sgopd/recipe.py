@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
@@ -108,9 +109,7 @@ def write_resolved(recipe: Recipe) -> None:
     """Keep the recipe with all its defaults in the run folder."""
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{RESOLVED}.tmp"
-    temporary.write_text(resolved_text(recipe))
-    temporary.rename(folder / RESOLVED)
+    write_atomically(folder / RESOLVED, resolved_text(recipe).encode())
 
 
 def resolved_text(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_full_estimator, check_inputs
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError, Stopped
@@ -102,7 +103,7 @@ class Run:
                 metrics["grad_norm"] = float(grad_norm)
             check_metrics(self.settings.alarms, batch.step, metrics)
             self._set_noise_floor(metrics["logprob_gap_p95"])
-            self.recording.save(batch, policy.gather_student_logprobs)
+            self.recording.save(batch, lambda: policy.student_logprobs_T)
             samples = self._samples(batch, policy) if self.keeps_samples(batch.step) else []
         every = self.settings.evaluate.every
         if last or (every and done % every == 0):
@@ -137,7 +138,7 @@ class Run:
         return every > 0 and step % every == 0
 
     def _samples(self, batch: Batch, policy: PolicyStep) -> list[dict[str, Any]]:
-        student_logprobs_T = policy.gather_student_logprobs()
+        student_logprobs_T = policy.student_logprobs_T  # a collective
         if dist.get_rank() > 0:
             return []
         return sample_lines(
@@ -280,14 +281,14 @@ def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:
     Raises:
         ConfigError: they have changed.
     """
-    if iteration > 0 and path.is_file() and path.read_text() != digest:
+    stored = path.read_text() if iteration > 0 and path.is_file() else None
+    if stored not in (None, digest):
         raise ConfigError(
-            f"the prompts of this run have changed since it began (digest {digest}, {path} says {path.read_text()}): "
+            f"the prompts of this run have changed since it began (digest {digest}, {path} says {stored}): "
             "restore them and the tokenizer, or start a new run in another run_dir"
         )
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(digest)
+    if stored is None and dist.get_rank() == 0:  # else another rank may be reading it
+        write_atomically(path, digest.encode())
 
 
 def _check_arguments(settings: Settings, args: Any, model: Any) -> None:

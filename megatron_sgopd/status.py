@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -18,7 +18,9 @@ from rich.text import Text
 from megatron_sgopd.monitor.attempts import read_attempts
 from megatron_sgopd.monitor.heartbeat import read_beats
 from megatron_sgopd.monitor.output import is_claimed
-from megatron_sgopd.report.runs import RunFolder, read_run
+
+if TYPE_CHECKING:
+    from megatron_sgopd.report.runs import RunFolder
 
 _RECENT_STEPS = 20
 _LONGEST_REASON = 120
@@ -40,6 +42,8 @@ def add_command(commands: Any) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from megatron_sgopd.report.runs import read_run
+
     found = [status(read_run(path)) for path in arguments.runs]
     for one in found:
         if arguments.json:

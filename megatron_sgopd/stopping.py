@@ -56,7 +56,8 @@ class StopRequest:
         """
         received = torch.tensor([self._received], device=current().device)
         dist.all_reduce(received, dist.ReduceOp.MAX)
-        return signal.Signals(int(received)).name if int(received) else None
+        number = int(received)
+        return signal.Signals(number).name if number else None
 
 
 def _end_daemons() -> None:

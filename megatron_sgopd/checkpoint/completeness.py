@@ -46,9 +46,14 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"iter_{step:07d}"
 
 
+def steps_whole(checkpoints: Path) -> dict[int, Path]:
+    """Those of them with a manifest."""
+    return {step: path for step, path in steps_saved(checkpoints).items() if (path / MANIFEST).is_file()}
+
+
 def newest_step(checkpoints: Path) -> int:
     """Of the newest checkpoint with a manifest; 0 if there is none."""
-    return next((step for step, path in steps_saved(checkpoints).items() if (path / MANIFEST).is_file()), 0)
+    return next(iter(steps_whole(checkpoints)), 0)
 
 
 def record(path: Path, with_digest: bool) -> FileRecord:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sgopd.checkpoint.completeness import TRACKER
+from megatron_sgopd.checkpoint.completeness import TRACKER, step_folder
 from megatron_sgopd.checkpoint.files import CONVERSION
 from megatron_sgopd.checkpoint.torch_dist import METADATA
 from megatron_sgopd.errors import ConfigError
@@ -33,7 +33,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         newest = tracker.read_text().strip() if step is None else str(step)
         if newest != "release" and not newest.isdecimal():
             raise ConfigError(f"{tracker} holds {newest!r}, not an iteration: mend it, or give the iter_… folder")
-        folder = root / (newest if newest == "release" else f"iter_{int(newest):07d}")
+        folder = root / newest if newest == "release" else step_folder(root, int(newest))
         if not (folder / METADATA).is_file():
             steps = sorted(found.name for found in root.iterdir() if (found / METADATA).is_file())
             raise ConfigError(f"{folder} is no complete checkpoint: {root} has {', '.join(steps) or 'none'}")

@@ -14,7 +14,7 @@ from megatron_sgopd.checkpoint.completeness import (
     expired,
     record,
     step_folder,
-    steps_saved,
+    steps_whole,
     write_manifest,
 )
 from megatron_sgopd.config import CheckpointSettings
@@ -53,11 +53,10 @@ class Saves:
         self._unsettled.clear()
 
     def _remove_expired(self, checkpoints: Path) -> None:
-        whole = [step for step, path in steps_saved(checkpoints).items() if (path / MANIFEST).is_file()]
-        for step in expired(whole, self._settings.keep_last, self._settings.keep_every):
-            folder = steps_saved(checkpoints)[step]
-            (folder / MANIFEST).unlink()  # from here on it counts as unfinished
-            shutil.rmtree(folder)
+        whole = steps_whole(checkpoints)
+        for step in expired(list(whole), self._settings.keep_last, self._settings.keep_every):
+            (whole[step] / MANIFEST).unlink()  # from here on it counts as unfinished
+            shutil.rmtree(whole[step])
 
     def choose(self, checkpoints: Path) -> None:
         """Have Megatron load the newest checkpoint that is whole, and say which were skipped.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from megatron_sgopd.evaluation.contamination import overlapping
 from megatron_sgopd.evaluation.heldout import EVALUATION_STEP
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores, together
 from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.processes import is_first_rank
 from megatron_sgopd.recipe import RESOLVED, load_recipe
 from megatron_sgopd.rollout.bank import RolloutBank
 from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill
@@ -66,7 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     worker = Worker(str(folder), tokenizer, sampling, rollout, verify, context, platform)
     works = [Work(arguments.out / s.name, worker.identity(s.prompts), s.prompts) for s in sets]
     fill(works, "eval-0", worker, arguments.out / "eval.log")
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         parts = {work.folder.name: responses(RolloutBank(work.folder), work.prompts) for work in works}
         report = _report(arguments, parts, ks) | {"contamination": found}
         write_atomically(arguments.out / RESULTS, (json.dumps(report, indent=1) + "\n").encode())
@@ -133,7 +133,7 @@ def _model_folder(arguments: argparse.Namespace, architecture: Architecture) -> 
         return arguments.model
     checkpoint = find_checkpoint(arguments.model, arguments.step)
     folder = arguments.out / f"model_{checkpoint.name}"
-    if not folder.is_dir() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if not folder.is_dir() and is_first_rank():
         arguments.out.mkdir(parents=True, exist_ok=True)
         to_huggingface(checkpoint, folder, architecture.folder, Options(verify="off"), Ranks(0, 1))
     while not folder.is_dir():  # the other ranks; the folder appears when it is whole

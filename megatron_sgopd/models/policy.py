@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class PolicyStep:
 
     def next_update(self) -> PolicyStep:
         """The next update on the same batch, by importance ratios to the policy before this one, the first."""
-        signals = dataclasses.replace(self.signals, old_logprobs_T=self.gather_student_logprobs())
+        signals = dataclasses.replace(self.signals, old_logprobs_T=self.student_logprobs_T)
         return PolicyStep(
             self._student,
             signals,
@@ -188,8 +189,12 @@ class PolicyStep:
             metrics |= dict(zip(("hidden_grad_norm_student", "hidden_grad_norm_teacher"), norms, strict=True))
         return metrics
 
-    def gather_student_logprobs(self) -> torch.Tensor:
-        """s_t of every response token of the step, on every rank: float32 [T]."""
+    @functools.cached_property
+    def student_logprobs_T(self) -> torch.Tensor:
+        """s_t of every response token of the step, on every rank: float32 [T], on the host.
+
+        Gathered once, when first asked for: every rank asks, after the step's forward passes.
+        """
         logprobs_T = torch.zeros(len(self._outcomes_T), dtype=torch.float32, device=current().device)
         if self._student.groups.tp.rank() == 0:  # stages before the last have none
             for span, part_T in self._student_logprobs:

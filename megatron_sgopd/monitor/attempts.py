@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.monitor.output import EXIT_STOPPED, append_json_line, is_cut, read_json_lines
+from megatron_sgopd.processes import node_name
 
 ATTEMPTS = "attempts.jsonl"
 OUTCOMES = {0: "finished", 1: "failed", 2: "refused", 3: "alarm", EXIT_STOPPED: "stopped"}
@@ -43,10 +44,9 @@ def begin_attempt(run_dir: Path, step: int) -> None:
     """Note that an attempt begins; by the first rank."""
     path = run_dir / ATTEMPTS
     if is_cut(path):
-        path.write_text(path.read_text().rpartition("\n")[0] + "\n")
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    line = {"event": "begin", "time": _now(), "step": step, "job": os.environ.get("SLURM_JOB_ID"), "host": host}
-    append_json_line(path, line)
+        write_atomically(path, path.read_bytes().rpartition(b"\n")[0] + b"\n")
+    job = os.environ.get("SLURM_JOB_ID")
+    append_json_line(path, {"event": "begin", "time": _now(), "step": step, "job": job, "host": node_name()})
 
 
 def end_attempt(run_dir: Path, step: int, code: int, reason: str) -> None:

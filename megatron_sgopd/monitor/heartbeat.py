@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO
 
 from megatron_sgopd.config import AlarmSettings
 from megatron_sgopd.monitor.output import LOGS
+from megatron_sgopd.processes import node_name
 
 HEARTBEATS = "heartbeats"
 START, BETWEEN = "start", "between stages"
@@ -45,7 +45,7 @@ class Heartbeat:
 
     def __init__(self, run_dir: Path, rank: int, settings: AlarmSettings) -> None:
         self._rank, self._settings = rank, settings
-        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._host = node_name()
         self._longest: dict[str, float] = {}
         self.stage, self.step = START, 0
         self._entered = time.monotonic()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.config import Settings
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
 from megatron_sgopd.monitor.output import (
@@ -113,9 +114,7 @@ class Monitor:
             "stage_seconds": stages,
             "unexplained_share": 1 - sum(stages.values()) / total,
         }
-        temporary = self._folder / f"{SUMMARY}.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        temporary.rename(self._folder / SUMMARY)
+        write_atomically(self._folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         self._console.print(_table(summary))
 
     def last_metric(self, name: str) -> float:
@@ -160,6 +159,4 @@ def _keep_until(path: Path, step: int) -> None:
     kept = [line for line in lines if line["step"] <= step and step > 0]
     for line in lines[len(kept) :]:
         append_json_line(path.with_name(f"{path.stem}.superseded{path.suffix}"), line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.rename(path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

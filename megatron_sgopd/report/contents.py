@@ -125,7 +125,9 @@ def _point(step: float, mean: float, low: float, high: float, runs: int) -> list
 
 
 def _run(run: RunFolder, name: str, runs: int) -> dict[str, Any]:
-    recipe = run.recipe
+    def setting(section: str, key: str) -> Any:
+        return run.recipe[section][key] if run.recipe else None
+
     samples, left_out = read_samples(run.path, SAMPLE_BYTES // runs)
     alarms = list(run.alarms)
     if left_out:
@@ -135,14 +137,14 @@ def _run(run: RunFolder, name: str, runs: int) -> dict[str, Any]:
     rates = {line["name"]: line["pass_rate"] for line in run.evaluations if line["step"] in (0, run.step)}
     return {
         "name": name,
-        "method": recipe["sgopd"]["method"] if recipe else None,
-        "seed": recipe["train"]["seed"] if recipe else None,
-        "learning_rate": recipe["train"]["learning_rate"] if recipe else None,
-        "student": recipe["model"]["path"] if recipe else None,
-        "teacher": recipe["teacher"]["path"] if recipe else None,
-        "gap_limit": recipe["alarms"]["logprob_gap"] if recipe else None,
+        "method": setting("sgopd", "method"),
+        "seed": setting("train", "seed"),
+        "learning_rate": setting("train", "learning_rate"),
+        "student": setting("model", "path"),
+        "teacher": setting("teacher", "path"),
+        "gap_limit": setting("alarms", "logprob_gap"),
         "step": run.step,
-        "steps": recipe["train"]["steps"] if recipe else None,
+        "steps": setting("train", "steps"),
         "ended": run.ended,
         "before": rates.get("before"),
         "after": rates.get("after"),

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).parents[2]
+from ..commands import REPOSITORY, set_words
+
 RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
 STUDENT = REPOSITORY / "examples/arithmetic_cpu/models/student"
 TEACHER = REPOSITORY / "examples/arithmetic_cpu/models/teacher"
@@ -61,11 +62,8 @@ class Finished:
 def start(folder: Path, changes: dict[str, Any]) -> subprocess.Popen[str]:
     """`megatron-sgopd train` on the example's recipe, made small, with further `changes`, in a session of its own."""
     settings = SMALL | {"run_dir": str(folder), "logging.record": str(folder / "recorded")} | changes
-    command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE)]
-    for name, value in settings.items():
-        command += ["--set", f"{name}={json.dumps(value)}"]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE), *set_words(settings)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -10,16 +10,14 @@ import pytest
 
 from megatron_sgopd.cli import main
 
+from ..commands import set_words
 from .conftest import RECIPE, REPOSITORY, SMALL
 
 CHANGES: dict[str, Any] = SMALL | {"parallel.ranks": 1, "parallel.tensor": 1, "train.steps": 1}
 
 
 def compare(*arguments: object) -> list[str]:
-    words = ["compare", str(RECIPE), *map(str, arguments)]
-    for name, value in CHANGES.items():
-        words += ["--set", f"{name}={json.dumps(value)}"]
-    return words
+    return ["compare", str(RECIPE), *map(str, arguments), *set_words(CHANGES)]
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ import pytest
 from megatron_sgopd.objective.schedule import TeacherSchedule
 from megatron_sgopd.rollout.bank import RolloutBank, StoredRollout
 
+from ..commands import set_words
 from .conftest import RECIPE, REPOSITORY, Finished, start, succeed
 from .test_run import wait_for_step
 
@@ -156,10 +157,8 @@ def fill(folder: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "megatron_sgopd.cli"]
     command += ["teacher-rollouts", str(RECIPE), "--bank", str(folder)]
-    for name, value in settings.items():
-        command += ["--set", f"{name}={json.dumps(value)}"]
     return subprocess.Popen(
-        [*command, *arguments],
+        [*command, *set_words(settings), *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

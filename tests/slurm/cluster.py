@@ -141,6 +141,16 @@ class Cluster:
                     found.append(process)
         return found
 
+    def ranks(self, job: int) -> list[psutil.Process]:
+        """The training processes of a job, by rank, without those that they have started or forked."""
+        found = {}
+        for process in self.processes(SLURM_JOB_ID=str(job)):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                parent = process.parent()
+                if parent is not None and parent.name() == "slurmstepd" and "train" in process.cmdline():
+                    found[int(process.environ()["SLURM_PROCID"])] = process
+        return [found[rank] for rank in sorted(found)]
+
     def boot(self, node: str) -> None:
         """Start a node."""
         self._daemon("slurmd", "-N", node)

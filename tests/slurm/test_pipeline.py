@@ -5,20 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_sgopd.rollout.bank import RolloutBank
 
+from ..commands import set_words
 from ..e2e.conftest import RECIPE, REPOSITORY, SMALL
 from .cluster import Cluster, wait_until
 
 BANK = {"data.train.size": 400, "data.heldout": None, "teacher_rollouts.samples": 4, "rollout.cache_gib": 0.1}
-
-
-def words(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +35,7 @@ def test_an_array_of_which_one_task_is_killed_and_run_again_fills_the_bank_once(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     bank = tmp_path / "bank"
-    task = ["slurm/teacher_rollouts.sbatch", str(RECIPE), "--all", "--bank", str(bank), *words(BANK)]
+    task = ["slurm/teacher_rollouts.sbatch", str(RECIPE), "--all", "--bank", str(bank), *set_words(BANK)]
     options = [f"--output={tmp_path}/%A_%a.out", "--no-requeue"]
     job = cluster.submit(*options, "--array=1-4", *task, cwd=REPOSITORY)
     wait_until(lambda: (bank / "shards_4-3.lock").is_file(), 120)
@@ -62,7 +58,7 @@ def test_the_whole_way_from_one_folder_to_another(cluster: Cluster, tmp_path: Pa
     settings = SMALL | {"train.steps": 4, "logging.tensorboard": False, "teacher_rollouts.weight": 0.5}
     settings |= {"teacher_rollouts.hold_steps": 1, "teacher_rollouts.end_step": 3, "teacher_rollouts.samples": 2}
     out, run_dir = tmp_path / "out", tmp_path / "run"
-    said = cluster.run(["slurm/pipeline.sh", str(RECIPE), str(run_dir), str(out), *words(settings)], cwd=REPOSITORY)
+    said = cluster.run(["slurm/pipeline.sh", str(RECIPE), str(run_dir), str(out), *set_words(settings)], cwd=REPOSITORY)
     jobs = [int(line.split(":")[0]) for line in said.splitlines()[:-1]]
     assert len(jobs) == 5 and said.splitlines()[-1] == f"cancel all: scancel {' '.join(map(str, jobs))}"
     outputs = lambda: "\n".join(path.read_text()[-2000:] for path in sorted(out.glob("*.out")))  # noqa: E731

@@ -2,19 +2,18 @@
 
 import json
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.monitor.attempts import read_attempts
 
-from ..e2e.conftest import RECIPE, REPOSITORY, SMALL, Finished
+from ..commands import REPOSITORY, exported_weights, same_weights, set_words
+from ..e2e.conftest import RECIPE, SMALL, Finished
 from .cluster import Cluster, wait_until
 
 STEPS = 11
@@ -24,10 +23,8 @@ CHANGES = SMALL | {"train.steps": STEPS, "checkpoint.every": 3, "logging.tensorb
 def submit(cluster: Cluster, run_dir: Path, **changes: Any) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     cluster.environment |= {"SGOPD_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    arguments = [f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE)]
-    for name, value in (CHANGES | {"run_dir": str(run_dir)} | changes).items():
-        arguments += ["--set", f"{name}={json.dumps(value)}"]
-    return cluster.submit(*arguments, cwd=REPOSITORY)
+    words = set_words(CHANGES | {"run_dir": str(run_dir)} | changes)
+    return cluster.submit(f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE), *words, cwd=REPOSITORY)
 
 
 def steps_done(run_dir: Path) -> int:
@@ -41,14 +38,10 @@ def assert_as_uninterrupted(run_dir: Path, other: Finished) -> None:
     for line, expected in zip(ours, other.metrics, strict=True):
         for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):
             assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-8), (line["step"], name)
-    weights = []
-    for number, folder in enumerate((run_dir, other.folder)):
-        out = run_dir / f"exported_{number}"
-        # In a process of its own: Megatron leaves its marks in the environment.
-        subprocess.run([sys.executable, "-m", "megatron_sgopd.cli", "export", folder, out], check=True, cwd=REPOSITORY)
-        weights.append(load_file(out / "model.safetensors"))
-    assert weights[0].keys() == weights[1].keys()
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0]), "weights differ in a bit"
+    ours_weights = exported_weights(run_dir, run_dir / "exported")
+    assert same_weights(ours_weights, exported_weights(other.folder, run_dir / "exported_other")), (
+        "they differ in a bit"
+    )
 
 
 def test_a_job_that_is_asked_to_stop_queues_itself_again_and_ends_as_if_it_had_not_been(
@@ -79,8 +72,7 @@ def test_a_rank_that_is_killed_and_a_node_that_is_lost_cost_no_more_than_the_ste
     ranks = [
         p for p in cluster.processes(SLURM_JOB_ID=str(job)) if "train" in p.cmdline() and "SLURM_PROCID" in p.environ()
     ]
-    [rank] = [p for p in ranks if p.environ()["SLURM_PROCID"] == "1" and p.cmdline()[1].endswith("megatron-sgopd")]
-    rank.kill()
+    cluster.ranks(job)[1].kill()
     killed = time.monotonic()
     wait_until(lambda: not [p for p in ranks if p.is_running() and p.status() != "zombie"], 60)
     assert time.monotonic() - killed < 60

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from safetensors.torch import load_file
 
 from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.monitor.attempts import Attempt, read_attempts
@@ -24,6 +21,7 @@ from megatron_sgopd.monitor.heartbeat import read_beats
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
+from tests.commands import exported_weights, same_weights, set_words  # noqa: E402
 from tests.slurm.cluster import Cluster, running, wait_until  # noqa: E402
 
 RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
@@ -44,7 +42,6 @@ class Soak:
     steps: int
     random: random.Random
     job: int = 0
-    hit: Counter[str] = field(default_factory=Counter)
 
     @property
     def run_dir(self) -> Path:
@@ -65,22 +62,14 @@ class Soak:
             "evaluate.teacher": False,
         }
         run_dir.mkdir(parents=True)
-        words = [f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE)]
-        for name, value in settings.items():
-            words += ["--set", f"{name}={json.dumps(value)}"]
+        words = [f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE), *set_words(settings)]
         environment = {"SGOPD_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "SGOPD_MAX_ATTEMPTS": "1000"}
         self.cluster.environment |= environment
         return self.cluster.submit(*words, cwd=REPOSITORY)
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the attempt that is going on, by rank."""
-        found = {}
-        for process in self.cluster.processes(SLURM_JOB_ID=str(self.job)):
-            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                words = process.cmdline()
-                if words[1:2] == [str(Path(sys.prefix) / "bin/megatron-sgopd")] and "train" in words:
-                    found[int(process.environ()["SLURM_PROCID"])] = process
-        return [found[rank] for rank in sorted(found)]
+        return self.cluster.ranks(self.job)
 
     def disturb(self, times: int, disturbance: Callable[[Soak, int], None]) -> list[float]:
         """Disturb so many attempts; seconds that each then took to end."""
@@ -109,18 +98,12 @@ class Soak:
         lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
         kept = [[{k: v for k, v in line.items() if k not in _TIMES | _COUNTS} for line in each] for each in lines]
         faults = ["metrics"] * (kept[0] != kept[1])
-        weights = []
-        for run in runs:
-            out = self.folder / f"exported_{run.name}"
-            command = [sys.executable, "-m", "megatron_sgopd.cli", "export", str(run), str(out)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
-            weights.append(load_file(out / "model.safetensors"))
-        same = all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-        return faults + ["weights"] * (not same)
+        weights = [exported_weights(run, self.folder / f"exported_{run.name}") for run in runs]
+        return faults + ["weights"] * (not same_weights(*weights))
 
 
-def soak(steps: int, times: int, seed: int, disturbance: Callable[[Soak, int], None]) -> tuple[Soak, dict[str, Any]]:
-    """Run a job undisturbed and one disturbed, and compare them."""
+def soak(steps: int, times: int, seed: int, disturbance: Callable[[Soak, int], None]) -> dict[str, Any]:
+    """Run a job undisturbed and one disturbed, and compare them: the report that the tools print."""
     with tempfile.TemporaryDirectory(prefix="soak") as folder, running(Path(folder) / "slurm", 2) as cluster:
         one = Soak(cluster, Path(folder), steps, random.Random(seed))
         undisturbed = one.submit(one.folder / "undisturbed")
@@ -129,11 +112,13 @@ def soak(steps: int, times: int, seed: int, disturbance: Callable[[Soak, int], N
         took = one.disturb(times, disturbance)
         state = cluster.wait(one.job, 60 * steps)
         attempts: list[Attempt] = read_attempts(one.run_dir)
+        received = [attempt.reason.partition("received in ")[2].partition(",")[0] for attempt in attempts]
         faults = one.faults() if state == "COMPLETED" else [f"the job ended as {state}"]
         report = {
             "disturbances": times,
             "attempts": len(attempts),
             "outcomes": dict(Counter(attempt.outcome for attempt in attempts)),
+            "received in": dict(Counter(stage for stage in received if stage)),
             "broken checkpoints": (one.run_dir / "job.out").read_text().count("kept as iter_"),
             "longest end s": round(max(took), 1),
             "differs in": faults,
@@ -142,6 +127,4 @@ def soak(steps: int, times: int, seed: int, disturbance: Callable[[Soak, int], N
             kept = Path(tempfile.mkdtemp(prefix="soak_failed"))
             one.run_dir.rename(kept / "run")
             report["kept"] = str(kept)
-        received = [attempt.reason.partition("received in ")[2].partition(",")[0] for attempt in attempts]
-        one.hit.update(stage for stage in received if stage)
-    return one, report
+    return report
