@@ -22,7 +22,7 @@ from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
-from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed
+from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
 from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
 
 BAD_INPUT = 2
+_LOCAL = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--local-addr=127.0.0.1"]
+_LOCAL_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+"""torchrun's ranks find each other without a port that is open to other machines."""
 _LONGEST_STOP = 24 * 3600
 """Seconds after a signal that ranks may take to save: they know best, and who is in haste kills them."""
 
@@ -105,7 +108,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return _train_as_rank(recipe, flags)
     if _is_finished(recipe):
         return 0
-    with claimed(Path(recipe.run_dir)):  # the first rank keeps it for itself, once it has started
+    with claimed(run_folder(recipe)):  # the first rank keeps it for itself, once it has started
         write_resolved(recipe)
     return _launch(flags, recipe.parallel.ranks, Path(recipe.run_dir))
 
@@ -136,7 +139,7 @@ def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:
             "make them equal"
         )
     if os.environ["RANK"] == "0":
-        with claimed(Path(recipe.run_dir)):
+        with claimed(run_folder(recipe)):
             write_resolved(recipe)
     sys.argv[1:] = flags
     return pretrain()
@@ -152,7 +155,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
     for stale in logs.glob("*.error"):
         stale.unlink()
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *_LOCAL]
     command += [f"--shutdown-timeout={_LONGEST_STOP}", f"--signals-to-handle={','.join(s.name for s in STOP_SIGNALS)}"]
     with (logs / "launcher.log").open("w") as launcher_log:
         process = subprocess.Popen(
@@ -160,7 +163,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
             stderr=launcher_log,
             start_new_session=True,  # Ctrl-C reaches every process of a session's terminal; it is to be handed on once
             preexec_fn=die_with_parent,
-            env={"OMP_NUM_THREADS": threads, **os.environ},
+            env={"OMP_NUM_THREADS": threads, **os.environ, **_LOCAL_ENVIRONMENT},
         )
         code = _wait_handing_signals_on(process)
     if code == 0:

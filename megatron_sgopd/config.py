@@ -282,6 +282,8 @@ class Settings:
     checkpoint: CheckpointSettings = CheckpointSettings()
     run_dir: str = "runs/default"
     """Folder of the run: metrics, samples, checkpoints, summary."""
+    private: bool = True
+    """A new run_dir can be entered by its owner alone; false: by whomever the umask lets in."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """Hardware to run on; auto takes CUDA where a GPU is found."""
 

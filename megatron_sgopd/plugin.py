@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ class _Loop:
         """Save, and declare the checkpoint whole as soon as it is."""
         from megatron.training import get_args
 
-        args = get_args()
+        args, began = get_args(), time.perf_counter()
         with self._run.clock("save") if self._run else contextlib.nullcontext():
             self._save_checkpoint(iteration, *arguments, **keywords)
             if keywords.get("non_persistent_ckpt"):
@@ -90,9 +91,9 @@ class _Loop:
             self._saves.saved(Path(args.save), iteration)
             if args.async_save and iteration < args.train_iters:
                 return  # while the next steps are trained
-            self._finish_saves()
-        if self._run and iteration == args.train_iters:
-            self._run.clock.heartbeat.stop()
+            size = self._finish_saves()
+        if self._run:
+            self._run.after_saving(size, time.perf_counter() - began, last=iteration == args.train_iters)
 
     def train_step(
         self,
@@ -166,9 +167,9 @@ class _Loop:
             self._save_and_time(iteration, model, optimizer, opt_param_scheduler, flops, {})
         self._finish_saves()
 
-    def _finish_saves(self) -> None:
-        """Wait for what is saved in the background, and declare it whole."""
+    def _finish_saves(self) -> int:
+        """Wait for what is saved in the background, and declare it whole; its bytes."""
         from megatron.training.async_utils import maybe_finalize_async_save
 
         maybe_finalize_async_save(blocking=True)
-        self._saves.settle()
+        return self._saves.settle()

@@ -6,24 +6,23 @@ A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from megatron_sgopd import register
 from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.config import Settings
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
-from megatron_sgopd.monitor.output import Result, claimed, reporting_errors
-from megatron_sgopd.processes import die_with_parent, is_first_rank
+from megatron_sgopd.monitor.output import Result, claimed, reporting_errors, run_folder
+from megatron_sgopd.processes import die_with_parent, is_first_rank, rendezvous
 
 
 def main() -> int:
     """Parse Megatron's and the plugin's flags, and train."""
     die_with_parent()
     settings = register()
+    run_dir = run_folder(settings)
     if not is_first_rank():
         return _train(settings).code
-    run_dir = Path(settings.run_dir)
     checkpoints = run_dir / "checkpoints"
     with claimed(run_dir):
         begin_attempt(run_dir, newest_step(checkpoints))
@@ -49,6 +48,7 @@ def _train(settings: Settings) -> Result:
             ModelType.encoder_or_decoder,
             forward_step_func=None,  # the plugin brings its own
             model_provider=_model_provider(architecture),
+            store=rendezvous(),
         )
     return result
 
@@ -90,3 +90,5 @@ def _model_provider(architecture: Any) -> Any:
 
 if __name__ == "__main__":
     sys.exit(main())
+if __name__ == "__mp_main__":
+    die_with_parent()  # a process of Megatron's for saving, which a killed rank would leave behind

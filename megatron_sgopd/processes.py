@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import signal
 import socket
 from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from megatron_sgopd.errors import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
 _PR_SET_PDEATHSIG = 1
+_LONGEST_START = timedelta(minutes=30)
+"""From the first rank's start to the last one's."""
 
 
 def die_with_parent() -> None:
@@ -30,7 +37,9 @@ def joined_ranks() -> Iterator[int]:
     adopt_slurm_ranks()
     if "RANK" in os.environ:
         die_with_parent()
-        dist.init_process_group()
+        dist.init_process_group(
+            store=rendezvous(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+        )
     else:
         # vLLM looks for a launcher's variables too, and connects to nothing where there is one rank.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -39,6 +48,39 @@ def joined_ranks() -> Iterator[int]:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+
+
+def rendezvous() -> Any:
+    """The store in which the ranks find each other: torch's TCPStore, but listening on MASTER_ADDR alone.
+
+    torch's own way to it listens on every interface, and whoever reaches it can write there. None where the user's
+    torchrun has made one already.
+
+    Raises:
+        ConfigError: the first rank cannot listen on MASTER_ADDR.
+    """
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    listener = _listen(host, port).detach() if rank == 0 else None
+    return dist.TCPStore(
+        host, port, int(os.environ["WORLD_SIZE"]), rank == 0, _LONGEST_START, master_listen_fd=listener
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Some distributions give a machine's own name a loopback address, which no other machine can reach.
+        only_here = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
+        return socket.create_server(("" if only_here else address, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"the first rank cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror}): let them be "
+            "an address of the node that it runs on, and a port that is free there"
+        ) from None
 
 
 def is_first_rank() -> bool:

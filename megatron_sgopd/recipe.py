@@ -17,7 +17,13 @@ from megatron_sgopd.models.weight_map import parameter_count
 from megatron_sgopd.monitor.output import METRICS
 
 RESOLVED = "recipe.yaml"
-_FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "platform"})
+_FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "private", "platform"})
+_LAYOUT = frozenset(
+    {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.sequence", "teacher.tensor_parallel"}
+    | {"teacher.pipeline_parallel", "teacher.offload", "rollout.tensor_parallel", "train.rows_per_microbatch"}
+    | {"rollout.memory_fraction", "rollout.cache_gib", "rollout.sync_bucket_mib", "sgopd.logprob_chunk_tokens"}
+)
+"""Settings that change nothing but the order of sums: a run may go on with others."""
 _PLUGIN = "(the plugin)"
 
 
@@ -72,28 +78,49 @@ def check_recipe(recipe: Recipe) -> Inputs:
 
 
 def check_run_dir(recipe: Recipe) -> None:
-    """A run folder belongs to one recipe: going on in it with other settings is refused.
+    """A run folder belongs to one recipe: going on in it with settings that give other numbers is refused.
 
     Raises:
         ConfigError: naming the settings that differ.
     """
+    different = _changes(recipe)
+    if fatal := sorted(different.keys() - _LAYOUT):
+        earlier, now = different[fatal[0]]
+        raise ConfigError(
+            f"run folder {recipe.run_dir} belongs to a run with {fatal[0]}={earlier!r}, not {now!r}"
+            + (f" (and {len(fatal) - 1} more differences)" if len(fatal) > 1 else "")
+            + ": choose another run_dir, or remove the folder"
+        )
+    flags = {name.removeprefix("--").replace("_", "-") for name, value in recipe.megatron.items() if value}
+    moved = sorted(different.keys() & {"parallel.tensor", "parallel.pipeline"})
+    if moved and "use-distributed-optimizer" in flags and "dist-ckpt-optim-fully-reshardable" not in flags:
+        earlier, now = different[moved[0]]
+        raise ConfigError(
+            f"the checkpoints of {recipe.run_dir} hold a distributed optimizer's state as it was split for {moved[0]}="
+            f"{earlier}, which cannot be loaded with {now}: go on with {earlier}; for runs that may change it, set "
+            "megatron.dist-ckpt-optim-fully-reshardable from the start"
+        )
+
+
+def layout_changes(recipe: Recipe) -> str | None:
+    """What to say of a run that goes on in another layout than it was trained in until now; None if it does not."""
+    different = _changes(recipe)
+    said = ", ".join(f"{name}={now} (was {earlier})" for name, (earlier, now) in sorted(different.items()))
+    return f"goes on with {said}: the same numbers, but for the order of float sums" if said else None
+
+
+def _changes(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Settings that shape the training and are not those of the run so far: earlier value and value now."""
     path = Path(recipe.run_dir) / RESOLVED
     trained = any((path.parent / name).exists() for name in ("checkpoints", METRICS))
     if not (trained and path.is_file()):
-        return
+        return {}
     earlier, now = (_flat(values) for values in (yaml.safe_load(path.read_text()), as_dict(recipe)))
-    different = sorted(
-        key
+    return {
+        key: (earlier.get(key), now.get(key))
         for key in earlier.keys() | now.keys()
         if earlier.get(key) != now.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
-    )
-    if different:
-        key = different[0]
-        raise ConfigError(
-            f"run folder {recipe.run_dir} belongs to a run with {key}={earlier.get(key)!r}, not {now.get(key)!r}"
-            + (f" (and {len(different) - 1} more differences)" if len(different) > 1 else "")
-            + ": choose another run_dir, or remove the folder"
-        )
+    }
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -106,10 +133,10 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_resolved(recipe: Recipe) -> None:
-    """Keep the recipe with all its defaults in the run folder."""
-    folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESOLVED, resolved_text(recipe).encode())
+    """Keep the recipe with all its defaults in the run folder; says in which layout it goes on if that has changed."""
+    if said := layout_changes(recipe):
+        print(f"megatron-sgopd: {said}", flush=True)
+    write_atomically(Path(recipe.run_dir) / RESOLVED, resolved_text(recipe).encode())
 
 
 def resolved_text(recipe: Recipe) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.completeness import newest_step
-from megatron_sgopd.monitor.attempts import Attempt, read_attempts
+from megatron_sgopd.monitor.attempts import OUTCOMES, Attempt, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
-from megatron_sgopd.monitor.output import EXIT_STOPPED
+from megatron_sgopd.monitor.output import EXIT_STOPPED, is_claimed
 
 _USELESS = {"refused": "its input is bad", "alarm": "an alarm stopped it, and the same numbers would again"}
 _LONGEST_WAIT = 60
@@ -42,6 +42,10 @@ def _requeue(arguments: argparse.Namespace) -> int:
 
     run_dir = Path(load_recipe(arguments.recipe, arguments.set).run_dir)
     attempts, step = read_attempts(run_dir), newest_step(run_dir / "checkpoints")
+    if is_claimed(run_dir):  # the job's own ranks have ended
+        print(f"requeue: no, another process trains in {run_dir}", file=sys.stderr)
+        print("stop")
+        return 0
     again, reason = decide(attempts, step, arguments.code, arguments.max_attempts)
     if arguments.code not in (0, EXIT_STOPPED) and (said := diagnosis(run_dir)):
         print(f"attempt {len(attempts)}: {said}", file=sys.stderr)
@@ -68,6 +72,8 @@ def decide(attempts: Sequence[Attempt], step: int, code: int, most: int) -> tupl
     last = attempts[-1]
     if last.outcome in _USELESS:
         return False, f"{_USELESS[last.outcome]}: {last.reason}"
+    if OUTCOMES.get(code) == "refused":
+        return False, "it was refused before it could begin: see the job's output"
     idle = idle_attempts(attempts, step)
     said = (
         last.reason

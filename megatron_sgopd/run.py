@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_sgopd.monitor.alarms import check_metrics
 from megatron_sgopd.monitor.clock import Clock
 from megatron_sgopd.monitor.heartbeat import Heartbeat
 from megatron_sgopd.monitor.metrics import Monitor
+from megatron_sgopd.monitor.output import run_folder
 from megatron_sgopd.monitor.samples import sample_lines
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import current
@@ -36,6 +38,9 @@ from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
 from megatron_sgopd.stopping import StopRequest
 from megatron_sgopd.verify.stage import Verification
+
+NOTICE_SECONDS = "SGOPD_NOTICE_SECONDS"
+"""Environment variable of slurm/train.sbatch: seconds between Slurm's signal and the end of the job."""
 
 
 @dataclass
@@ -123,6 +128,23 @@ class Run:
             self.verification.close()
             self.clock.heartbeat.stop()
 
+    def after_saving(self, size: int, seconds: float, last: bool) -> None:
+        """Say how long it took, and whether there will be time for it when the run is asked to stop.
+
+        Args:
+            size: of the checkpoint in bytes.
+        """
+        self.monitor.note(f"checkpoint saved: {size / 2**20:.1f} MiB in {seconds:.1f} s")
+        notice = int(os.environ.get(NOTICE_SECONDS, "0"))
+        stage, longest = self.clock.heartbeat.longest_stage()
+        if notice and notice < longest + seconds:
+            self.monitor.note(
+                f"the job is signalled {notice} s before it is ended, but {stage} takes up to {longest:.0f} s and a "
+                f"save {seconds:.0f} s: give sbatch --signal=B:USR1@{round(2 * (longest + seconds))} or more"
+            )
+        if last:
+            self.clock.heartbeat.stop()
+
     def stop_if_asked(self, step: int) -> None:
         """A safe point: the stages before the optimizer step change nothing that is saved.
 
@@ -189,11 +211,12 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     Raises:
         ConfigError: something does not fit, found before the expensive parts are built where possible.
     """
-    heartbeat = Heartbeat(Path(settings.run_dir), dist.get_rank(), settings.alarms)
+    run_dir = run_folder(settings)
+    heartbeat = Heartbeat(run_dir, dist.get_rank(), settings.alarms)
     stop_request.heartbeat, clock = heartbeat, Clock(heartbeat)
     inputs = check_inputs(settings, args.seq_length)
     _check_arguments(settings, args, model)
-    _check_same_prompts(Path(settings.run_dir) / "prompts.digest", inputs.train.digest, args.iteration)
+    _check_same_prompts(run_dir / "prompts.digest", inputs.train.digest, args.iteration)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     student = Student(unwrapped(model[0]), inputs.student, groups)
     set_rotary_frequencies(student.model, inputs.student)

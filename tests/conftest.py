@@ -78,4 +78,5 @@ def main_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Eleven steps of the arithmetic example with tensor parallelism over two ranks: a `Finished` run."""
     from .e2e.conftest import succeed
 
-    return succeed(tmp_path_factory.mktemp("main"), {"train.steps": 11})
+    checkpoints = {"checkpoint.every": 2, "checkpoint.verify": "digests"}
+    return succeed(tmp_path_factory.mktemp("main"), {"train.steps": 11} | checkpoints)

@@ -36,8 +36,13 @@ class Saves:
         self._unsettled.append(step_folder(checkpoints, step))
         self.newest = step
 
-    def settle(self) -> None:
-        """Write the manifests of checkpoints that Megatron has written, and remove those that are not kept."""
+    def settle(self) -> int:
+        """Write the manifests of checkpoints that Megatron has written, and remove those that are not kept.
+
+        Returns:
+            How many bytes they have.
+        """
+        total = 0
         for checkpoint in self._unsettled:
             names = _from_first(lambda checkpoint=checkpoint: sorted(path.name for path in checkpoint.iterdir()))
             mine = names[dist.get_rank() :: dist.get_world_size()]
@@ -45,12 +50,15 @@ class Saves:
             records = {name: record(checkpoint / name, with_digest) for name in mine}
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, records)
+            written = {name: found for part in gathered for name, found in part.items()}
+            total += sum(found.bytes for found in written.values())
             if dist.get_rank() == 0:
-                write_manifest(checkpoint, {name: found for part in gathered for name, found in part.items()})
+                write_manifest(checkpoint, written)
                 self._remove_expired(checkpoint.parent)
         if self._unsettled:
             dist.barrier()  # nobody goes on, or ends, before it is on disk
         self._unsettled.clear()
+        return total
 
     def _remove_expired(self, checkpoints: Path) -> None:
         whole = steps_whole(checkpoints)

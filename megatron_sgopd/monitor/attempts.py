@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.monitor.heartbeat import HEARTBEATS
 from megatron_sgopd.monitor.output import EXIT_STOPPED, append_json_line, is_cut, read_json_lines
 from megatron_sgopd.processes import node_name
 
@@ -41,8 +43,9 @@ class Attempt:
 
 
 def begin_attempt(run_dir: Path, step: int) -> None:
-    """Note that an attempt begins; by the first rank."""
+    """Note that an attempt begins, and remove the last one's heartbeats; by the first rank, before others have any."""
     path = run_dir / ATTEMPTS
+    shutil.rmtree(run_dir / HEARTBEATS, ignore_errors=True)
     if is_cut(path):
         write_atomically(path, path.read_bytes().rpartition(b"\n")[0] + b"\n")
     job = os.environ.get("SLURM_JOB_ID")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import shutil
 from pathlib import Path
 
-from megatron_sgopd.monitor.attempts import read_attempts
 from megatron_sgopd.monitor.heartbeat import Beat, read_beats, stack_file
 from megatron_sgopd.monitor.output import LOGS
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "EOFError")
 """In errors of ranks whose peer went away."""
+_NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory")
 _MEMORY_OF = {
     "generate": "rollout.memory_fraction (GPU), rollout.cache_gib (CPU)",
     "teacher": "train.rows_per_microbatch or train.row_tokens, or set teacher.offload=true",
@@ -22,10 +22,8 @@ _MEMORY_OF = {
 
 
 def diagnosis(run_dir: Path) -> str:
-    """One message about the last attempt; empty if nothing went wrong, or nothing left a word."""
-    attempts = read_attempts(run_dir)
-    began = datetime.fromisoformat(attempts[-1].began).timestamp() if attempts else 0.0
-    beats = {beat.rank: beat for beat in read_beats(run_dir) if beat.time >= began}
+    """One message about the last attempt, once it has ended; empty if nothing went wrong, or nothing left a word."""
+    beats = {beat.rank: beat for beat in read_beats(run_dir)}
     hung = [rank for rank in beats if (path := stack_file(run_dir, rank)).is_file() and path.stat().st_size]
     if hung:
         return _of_hung(run_dir, [beats[rank] for rank in hung])
@@ -33,17 +31,19 @@ def diagnosis(run_dir: Path) -> str:
     texts = {int(path.stem.removeprefix("rank-")): path.read_text().strip() for path in errors}
     if not texts:
         return ""
+    causes = [rank for rank, text in texts.items() if not any(words in text for words in _LOST_PEER)]
     silent = [beat for rank, beat in beats.items() if rank not in texts]
-    if silent and all(any(words in text for words in _LOST_PEER) for text in texts.values()):
+    if silent and not causes:
         return (
             f"{_place(silent[0])}: ended without a word. It was killed from outside, as by the kernel where memory "
             "runs out (see dmesg), or its node was lost; the other ranks then lost it"
         )
-    rank, text = next(iter(texts.items()))
+    rank = next(iter([*causes, *texts]))  # by the files' times, which nodes may not agree on
+    text = texts[rank]
     where = _place(beats[rank]) if rank in beats else f"rank {rank}"
     if text.startswith("Traceback"):
         text = f"{text.splitlines()[-1]} (traceback: {run_dir / LOGS}/rank-{rank}.error)"
-    return f"{where}: {text}{_advice(beats.get(rank), text)}"
+    return f"{where}: {text}{_advice(run_dir, beats.get(rank), text)}"
 
 
 def _of_hung(run_dir: Path, beats: list[Beat]) -> str:
@@ -60,7 +60,12 @@ def _place(beat: Beat) -> str:
     return f"rank {beat.rank} on {beat.host}, {beat.stage} of step {beat.step + 1}"
 
 
-def _advice(beat: Beat | None, error: str) -> str:
-    if beat is None or ("OutOfMemoryError" not in error and "MemoryError" not in error):
+def _advice(run_dir: Path, beat: Beat | None, error: str) -> str:
+    if beat is None:
         return ""
-    return f"\nOut of memory in {beat.stage}: lower {_MEMORY_OF.get(beat.stage, 'rollout.memory_fraction')}."
+    if any(words in error for words in _NO_MEMORY):
+        return f"\nOut of memory in {beat.stage}: lower {_MEMORY_OF.get(beat.stage, 'rollout.memory_fraction')}."
+    if beat.stage == "save":
+        free = shutil.disk_usage(run_dir).free / 2**30
+        return f"\nThe file system of {run_dir} has {free:.1f} GiB free, of which a quota may leave less."
+    return ""

@@ -49,8 +49,8 @@ class Heartbeat:
         self._longest: dict[str, float] = {}
         self.stage, self.step = START, 0
         self._entered = time.monotonic()
-        (run_dir / HEARTBEATS).mkdir(parents=True, exist_ok=True)
-        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        for name in (HEARTBEATS, LOGS):
+            (run_dir / name).mkdir(exist_ok=True)
         self._record = os.open(_record(run_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._stack: IO[str] = stack_file(run_dir, rank).open("w")
         self._watch()
@@ -61,6 +61,11 @@ class Heartbeat:
         self._longest[self.stage] = max(self._longest.get(self.stage, 0.0), now - self._entered)
         self.stage, self._entered = stage, now
         self._watch()
+
+    def longest_stage(self) -> tuple[str, float]:
+        """Of a step's that have ended so far, a save not counted; and its seconds."""
+        others = (START, BETWEEN, "save")
+        return max((item for item in self._longest.items() if item[0] not in others), key=lambda item: item[1])
 
     def _watch(self) -> None:
         limit = self._settings.first_hang_seconds

@@ -39,7 +39,6 @@ class Monitor:
         self._seconds = 0.0
         self._console = console()
         if self._writes:
-            self._folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, SAMPLES, EVALUATIONS):
                 _keep_until(self._folder / name, start_step)
 

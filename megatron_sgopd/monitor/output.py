@@ -10,17 +10,21 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from megatron_sgopd.checkpoint.files import locked
 from megatron_sgopd.errors import Alarm, ConfigError, Stopped
 
+if TYPE_CHECKING:
+    from megatron_sgopd.config import Settings
+
 LOGS, METRICS, SAMPLES, EVALUATIONS = "logs", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 SUMMARY = "summary.json"
 EXIT_STOPPED = os.EX_TEMPFAIL
 """A run was asked to stop and has saved: whoever gets this exit code starts it again."""
+_EXIT_CODES: dict[type[BaseException], int] = {ConfigError: 2, Alarm: 3}
 _LOCK = "run.lock"
 _terminal: int | None = None
 
@@ -73,6 +77,26 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def run_folder(settings: Settings) -> Path:
+    """The folder of a run, which is made if it is not there yet.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written there.
+    """
+    folder = Path(settings.run_dir)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700 if settings.private else 0o777, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be made ({error.strerror}): choose another one") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run_dir={folder} cannot be written to: mend its permissions, or those of the file system that it is on, "
+            "or choose another one"
+        )
+    return folder
+
+
 @contextlib.contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
     """Be the only one to train in a run folder.
@@ -80,7 +104,6 @@ def claimed(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process does.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / _LOCK).open("a") as file:
         if not locked(file):
             raise ConfigError(f"{run_dir} is being trained in by another process: wait for it, or set another run_dir")
@@ -122,8 +145,8 @@ class Result:
 def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
     """Run a rank's work with its output in RUN_DIR/logs/rank-N.log if `quiet`.
 
-    What goes wrong is also written to rank-N.error, for the launcher, and to the terminal: an error of the
-    user's input or an alarm as its message alone, anything else with its traceback.
+    What goes wrong is also written to rank-N.error, for the launcher: an error of the user's input or an alarm as its
+    message alone, anything else with its traceback. Where that cannot be written, it goes to the terminal.
     """
     rank = os.environ.get("RANK", "0")
     logs = Path(run_dir) / LOGS
@@ -141,9 +164,20 @@ def reporting_errors(run_dir: str | Path, quiet: bool) -> Iterator[Result]:
         result.code = exit_.code if isinstance(exit_.code, int) else 1
         result.reason = f"Megatron ended it with exit code {result.code}"
         if result.code:
-            error_file.write_text(result.reason)
-    except Exception as error:
-        result.code = {ConfigError: 2, Alarm: 3}.get(type(error), 1)
+            _leave_word(error_file, result.reason)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        result.code = _EXIT_CODES.get(type(error), 1)
         result.reason = str(error) or type(error).__name__
-        traceback.print_exc()
-        error_file.write_text(traceback.format_exc() if result.code == 1 else str(error))
+        _leave_word(error_file, traceback.format_exc() if result.code == 1 else str(error))
+        with contextlib.suppress(OSError):  # the disk of the log may be full
+            traceback.print_exc()
+
+
+def _leave_word(error_file: Path, text: str) -> None:
+    try:
+        error_file.write_text(text)
+    except OSError as failure:
+        console().print(
+            f"{error_file} cannot be written ({failure.strerror}). What it would say:\n{text}", markup=False
+        )
+        error_file.unlink(missing_ok=True)

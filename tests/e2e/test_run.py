@@ -2,11 +2,13 @@
 
 import json
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_sgopd.checkpoint.completeness import steps_saved
@@ -119,11 +121,15 @@ def test_each_step_takes_one_forward_of_teacher_and_reference(main_run: Finished
 
 
 def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_it_had_not_been(main_run: Finished, tmp_path: Path):
+    tmp_path /= "run"
     changes = {"train.steps": 11, "checkpoint.every": 4, "checkpoint.keep_last": 2}
     process = start(tmp_path, changes)
     wait_for_step(tmp_path, 2, process)
     with pytest.raises(ConfigError, match="is being trained in by another process"), claimed(tmp_path):
         pass
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+    open_ports = [c.laddr for p in family(process) for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert open_ports and {address.ip for address in open_ports} == {"127.0.0.1"}
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, errors
@@ -134,8 +140,11 @@ def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_it_had_not_been(ma
 
     process = start(tmp_path, changes)
     wait_for_step(tmp_path, 6, process)
+    all_processes = family(process)
     process.kill()
     process.wait()
+    _, alive = psutil.wait_procs(all_processes, timeout=10)
+    assert not [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 11, "it ended before it could be killed"
     resumed = succeed(tmp_path, changes)
     assert "step 5/11" in resumed.output and "step 4/11" not in resumed.output
@@ -153,6 +162,11 @@ def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_it_had_not_been(ma
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-8), (ours["step"], name)
     assert resumed.recorded_text(10)["prompts"] == main_run.recorded_text(10)["prompts"]
     assert resumed.recorded_text(10)["trajectories"] == main_run.recorded_text(10)["trajectories"]
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """A process's children, theirs, and so on."""
+    return psutil.Process(process.pid).children(recursive=True)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:

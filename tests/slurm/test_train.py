@@ -20,11 +20,13 @@ STEPS = 11
 CHANGES = SMALL | {"train.steps": STEPS, "checkpoint.every": 3, "logging.tensorboard": False}
 
 
-def submit(cluster: Cluster, run_dir: Path, **changes: Any) -> int:
+def submit(cluster: Cluster, run_dir: Path, output: Path | None = None, **changes: Any) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     cluster.environment |= {"SGOPD_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     words = set_words(CHANGES | {"run_dir": str(run_dir)} | changes)
-    return cluster.submit(f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE), *words, cwd=REPOSITORY)
+    return cluster.submit(
+        f"--output={output or run_dir / 'job.out'}", "slurm/train.sbatch", str(RECIPE), *words, cwd=REPOSITORY
+    )
 
 
 def steps_done(run_dir: Path) -> int:
@@ -47,7 +49,7 @@ def assert_as_uninterrupted(run_dir: Path, other: Finished) -> None:
 def test_a_job_that_is_asked_to_stop_queues_itself_again_and_ends_as_if_it_had_not_been(
     cluster: Cluster, main_run: Finished, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / 'run"; touch x; $(touch x) `touch x` #'
     job = submit(cluster, run_dir)
     wait_until(lambda: steps_done(run_dir) >= 2, 150)
     time.sleep(random.random())
@@ -59,7 +61,19 @@ def test_a_job_that_is_asked_to_stop_queues_itself_again_and_ends_as_if_it_had_n
     assert attempts[0].reached is not None and attempts[0].reached >= 2, "it has saved what it had done"
     assert {attempt.job for attempt in attempts} == {str(job)}
     assert "requeue: yes, from step" in (run_dir / "job.out").read_text()
+    assert not (REPOSITORY / "x").exists(), "a setting has come into a shell"
     assert_as_uninterrupted(run_dir, main_run)
+
+
+@pytest.mark.long
+def test_the_second_of_two_jobs_on_one_run_folder_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    outputs = [tmp_path / "first.out", tmp_path / "second.out"]
+    jobs = [submit(cluster, tmp_path / "run", output, **{"train.steps": 30}) for output in outputs]
+    ended = {cluster.wait(job, 240): output.read_text() for job, output in zip(jobs, outputs, strict=True)}
+    assert set(ended) == {"COMPLETED", "FAILED"}
+    assert "is being trained in by another process" in ended["FAILED"]
+    assert "requeue: no, another process trains in " in ended["FAILED"]
+    assert "step 30/30" in ended["COMPLETED"] and "step " not in ended["FAILED"]
 
 
 @pytest.mark.long

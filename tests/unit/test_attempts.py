@@ -47,6 +47,7 @@ def test_what_is_read_is_what_happened_also_after_a_line_was_cut_off(
         ([(0, 1), (0, 1), (0, 1), (0, 1)], 5, 1, True, "from step 5"),
         ([(0, 1), (5, 1), (5, 1), (5, 1)], 5, 1, True, "from step 5"),
         ([(0, 2)], 0, 2, False, "its input is bad: reason 2"),
+        ([(0, None)], 0, 2, False, "it was refused before it could begin"),
         ([(0, 3)], 4, 3, False, "an alarm stopped it, and the same numbers would again: reason 3"),
         ([(0, 0)], 8, 0, False, "the run is finished"),
         ([], 0, 1, False, "before it could begin"),

@@ -60,11 +60,12 @@ class Soak:
             "logging.samples_every": 0,
             "logging.tensorboard": False,
             "evaluate.teacher": False,
+            "verify.verifier": "tests.slow:exact_but_slow",
         }
         run_dir.mkdir(parents=True)
         words = [f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE), *set_words(settings)]
         environment = {"SGOPD_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "SGOPD_MAX_ATTEMPTS": "1000"}
-        self.cluster.environment |= environment
+        self.cluster.environment |= environment | {"PYTHONPATH": str(REPOSITORY)}
         return self.cluster.submit(*words, cwd=REPOSITORY)
 
     def ranks(self) -> list[psutil.Process]:
