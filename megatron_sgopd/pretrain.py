@@ -13,7 +13,7 @@ from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.config import Settings
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.output import Result, claimed, reporting_errors, run_folder
-from megatron_sgopd.processes import die_with_parent, is_first_rank, rendezvous
+from megatron_sgopd.processes import die_with_parent, die_with_rank, is_first_rank, rendezvous
 
 
 def main() -> int:
@@ -88,7 +88,6 @@ def _model_provider(architecture: Any) -> Any:
     return provider
 
 
+die_with_rank()
 if __name__ == "__main__":
     sys.exit(main())
-if __name__ == "__mp_main__":
-    die_with_parent()  # a process of Megatron's for saving, which a killed rank would leave behind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
+import multiprocessing
 import os
 import signal
 import socket
@@ -27,6 +28,15 @@ def die_with_parent() -> None:
     torchrun gives each rank a session of its own, which a killed job would leave behind.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_with_rank() -> None:
+    """In a process that a rank has started by `multiprocessing`, as Megatron does to save: end when the rank does.
+
+    Such a process imports the rank's main module. Call it there.
+    """
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()
 
 
 @contextlib.contextmanager

@@ -162,6 +162,11 @@ def megatron_arguments(recipe: Recipe, inputs: Inputs) -> list[str]:
             )
     flags = {name: value for name, (value, _) in owned.items()}
     flags |= {name.removeprefix("--").replace("_", "-"): value for name, value in recipe.megatron.items()}
+    if flags.get("async-save") and not flags.get("use-persistent-ckpt-worker"):
+        raise ConfigError(
+            "megatron.async-save without megatron.use-persistent-ckpt-worker: Megatron would save as if it had not "
+            "been asked for; set both, or neither"
+        )
     return [*_command_line(flags), *settings_flags(recipe)]
 
 

@@ -321,6 +321,10 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
         (len(model) > 1, "--num-layers-per-virtual-pipeline-stage is not supported: leave it out"),
         (args.context_parallel_size > 1, "--context-parallel-size must be 1: packed rows are not split yet"),
         (
+            args.async_save and not current().saves_in_background,
+            "--async-save is not possible on this platform: the process in which Megatron saves takes a GPU",
+        ),
+        (
             not args.calculate_per_token_loss,
             "--calculate-per-token-loss is needed: the loss is a mean over tokens",
         ),

@@ -20,6 +20,8 @@ class Platform(abc.ABC):
     """Megatron flags without which a run cannot work here."""
     several_engines: ClassVar[bool]
     """Whether the teacher's rollout engine may live beside the student's in one process."""
+    saves_in_background: ClassVar[bool]
+    """Whether Megatron can save a checkpoint while training goes on."""
 
     @abc.abstractmethod
     def install(self) -> None:

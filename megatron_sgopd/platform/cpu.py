@@ -27,6 +27,7 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     several_engines = True
+    saves_in_background = False
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asserts it with tensor parallelism
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile inside vLLM's sampler fails under the device redirection

@@ -18,6 +18,7 @@ class CudaPlatform(Platform):
 
     name = "cuda"
     several_engines = False  # vLLM's sleep mode allows one in a process
+    saves_in_background = True
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order of launches
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process, its device and its weights

@@ -99,6 +99,10 @@ BAD = {
         lambda tmp: ["megatron.lr=0.5"],
         "megatron.lr=0.5 contradicts train.learning_rate",
     ),
+    "a save in the background that Megatron would not do": (
+        lambda tmp: ["megatron.async-save=true"],
+        "megatron.async-save without megatron.use-persistent-ckpt-worker",
+    ),
     "an objective that is not there": (lambda tmp: ["sgopd.objective=nowhere:f"], "sgopd.objective 'nowhere:f' cannot"),
     "the full estimator with a frozen reference": (
         lambda tmp: ["sgopd.estimator=full"],

@@ -101,6 +101,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_one_checkpoint_and_a_read_only_one_stops_the_run_at_the_start(small_disk: Path):
     changes = {
         "parallel.ranks": 1,

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Soak:
     folder: Path
     steps: int
     random: random.Random
+    settings: Mapping[str, Any]
+    """Of the recipe, besides those that all soaks change."""
     job: int = 0
 
     @property
@@ -48,7 +50,7 @@ class Soak:
         return self.folder / "run"
 
     def submit(self, run_dir: Path) -> int:
-        settings: dict[str, Any] = {
+        settings = {
             "run_dir": str(run_dir),
             "rollout.prompts_per_step": 8,
             "rollout.cache_gib": 0.1,
@@ -60,7 +62,7 @@ class Soak:
             "logging.samples_every": 0,
             "logging.tensorboard": False,
             "evaluate.teacher": False,
-            "verify.verifier": "tests.slow:exact_but_slow",
+            **self.settings,
         }
         run_dir.mkdir(parents=True)
         words = [f"--output={run_dir}/job.out", "slurm/train.sbatch", str(RECIPE), *set_words(settings)]
@@ -103,10 +105,12 @@ class Soak:
         return faults + ["weights"] * (not same_weights(*weights))
 
 
-def soak(steps: int, times: int, seed: int, disturbance: Callable[[Soak, int], None]) -> dict[str, Any]:
+def soak(
+    steps: int, times: int, seed: int, disturbance: Callable[[Soak, int], None], **settings: Any
+) -> dict[str, Any]:
     """Run a job undisturbed and one disturbed, and compare them: the report that the tools print."""
     with tempfile.TemporaryDirectory(prefix="soak") as folder, running(Path(folder) / "slurm", 2) as cluster:
-        one = Soak(cluster, Path(folder), steps, random.Random(seed))
+        one = Soak(cluster, Path(folder), steps, random.Random(seed), settings)
         undisturbed = one.submit(one.folder / "undisturbed")
         assert cluster.wait(undisturbed, 60 * steps) == "COMPLETED", "the undisturbed job failed"
         one.job = one.submit(one.run_dir)
