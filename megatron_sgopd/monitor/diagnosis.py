@@ -8,7 +8,10 @@ from pathlib import Path
 from megatron_sgopd.monitor.heartbeat import Beat, read_beats, stack_file
 from megatron_sgopd.monitor.output import LOGS
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "EOFError")
+_LOST_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "EOFError"),
+    "NCCL communicator was aborted",
+)
 """In errors of ranks whose peer went away."""
 _NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory")
 _MEMORY_OF = {

@@ -78,7 +78,8 @@ OTHER_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["DP 2", *(pytest.param(n, marks=pytest.mark.long) for n in ("PP 2", "one rank"))])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
 def test_a_run_goes_on_in_another_layout_and_says_so(main_run: Finished, tmp_path: Path, layout: str):
     checkpoints = unfinished(main_run, tmp_path / "run")
     for step in (11, 10):
