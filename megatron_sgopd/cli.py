@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_sgopd import __version__
 from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.commands import add_commands
+from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
-from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent, die_with_rank
+from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent, die_with_rank, hold_stop_signals
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
@@ -97,6 +98,9 @@ def _train(arguments: argparse.Namespace) -> int:
         write_resolved,
     )
 
+    is_rank = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if is_rank and not arguments.dry_run:
+        hold_stop_signals()
     recipe = load_recipe(arguments.recipe, arguments.set)
     inputs = check_recipe(recipe)
     flags = megatron_arguments(recipe, inputs)
@@ -104,7 +108,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(resolved_text(recipe))
         print(as_command(flags, recipe.parallel.ranks))
         return 0
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    if is_rank:
         return _train_as_rank(recipe, flags)
     if _is_finished(recipe):
         return 0
@@ -117,7 +121,7 @@ def _is_finished(recipe: Recipe) -> bool:
     """Whether the run folder has all steps of its recipe already; shows what came of them."""
     path = Path(recipe.run_dir) / SUMMARY
     summary = json.loads(path.read_text()) if path.exists() else {"steps": 0}
-    if summary["steps"] < recipe.train.steps:
+    if summary["steps"] < recipe.train.steps or newest_step(path.parent / "checkpoints") < recipe.train.steps:
         return False
     rates = ", ".join(f"{name} {summary[name]:.1%}" for name in ("before", "after", "teacher") if summary[name])
     print(
@@ -138,11 +142,8 @@ def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:
             f"the launcher started {os.environ['WORLD_SIZE']} processes, but parallel.ranks={recipe.parallel.ranks}: "
             "make them equal"
         )
-    if os.environ["RANK"] == "0":
-        with claimed(run_folder(recipe)):
-            write_resolved(recipe)
     sys.argv[1:] = flags
-    return pretrain()
+    return pretrain(lambda: write_resolved(recipe))
 
 
 def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:

@@ -9,6 +9,7 @@ when it is whole, and only a whole one is loaded.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def register() -> Settings:
     """
     settings, rest = parse_flags(sys.argv[1:])
     sys.argv[1:] = [*select(settings.platform).megatron_flags, *rest]
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch would unpickle anything that is in a checkpoint
 
     import megatron.core.datasets.utils as dataset_utils
     import megatron.training.training as training
@@ -84,10 +86,14 @@ class _Loop:
         from megatron.training import get_args
 
         args, began = get_args(), time.perf_counter()
-        with self._run.clock("save") if self._run else contextlib.nullcontext():
+        if keywords.get("non_persistent_ckpt"):
             self._save_checkpoint(iteration, *arguments, **keywords)
-            if keywords.get("non_persistent_ckpt"):
-                return
+            return
+        if iteration == self._saves.newest:
+            return  # Megatron saves at its end, also what it has just loaded
+        with self._run.clock("save") if self._run else contextlib.nullcontext():
+            self._saves.begin(Path(args.save), iteration)
+            self._save_checkpoint(iteration, *arguments, **keywords)
             self._saves.saved(Path(args.save), iteration)
             if args.async_save and iteration < args.train_iters:
                 return  # while the next steps are trained

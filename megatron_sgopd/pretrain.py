@@ -6,33 +6,52 @@ A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from megatron_sgopd import register
 from megatron_sgopd.checkpoint.completeness import newest_step
-from megatron_sgopd.config import Settings
+from megatron_sgopd.config import Settings, parse_flags
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
-from megatron_sgopd.monitor.output import Result, claimed, reporting_errors, run_folder
-from megatron_sgopd.processes import die_with_parent, die_with_rank, is_first_rank, rendezvous
+from megatron_sgopd.monitor.output import EXIT_STOPPED, Result, claimed, reporting_errors, run_folder
+from megatron_sgopd.processes import die_with_parent, die_with_rank, hold_stop_signals, is_first_rank, rendezvous
 
 
-def main() -> int:
-    """Parse Megatron's and the plugin's flags, and train."""
+def main(prepare: Callable[[], None] = lambda: None) -> int:
+    """Parse Megatron's and the plugin's flags, and train.
+
+    Args:
+        prepare: called by the first rank once the run folder is its own.
+    """
     die_with_parent()
-    settings = register()
+    hold_stop_signals()  # one that arrives while the libraries load is found when the run listens
+    settings, _ = parse_flags(sys.argv[1:])
     run_dir = run_folder(settings)
     if not is_first_rank():
-        return _train(settings).code
+        result = _train(settings)
+        _wait_if_stopped(result)
+        return result.code
     checkpoints = run_dir / "checkpoints"
     with claimed(run_dir):
+        prepare()
         begin_attempt(run_dir, newest_step(checkpoints))
         result = _train(settings)
         end_attempt(run_dir, newest_step(checkpoints), result.code, result.reason)
+        _wait_if_stopped(result)
     return result.code
+
+
+def _wait_if_stopped(result: Result) -> None:
+    """All ranks: until the first one has written the attempt's end. Slurm kills them when one has ended."""
+    if result.code == EXIT_STOPPED:
+        import torch.distributed as dist
+
+        dist.barrier()
 
 
 def _train(settings: Settings) -> Result:
     with reporting_errors(settings.run_dir, settings.logging.quiet) as result:
+        register()
         from megatron.core.enums import ModelType
         from megatron.training import pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args

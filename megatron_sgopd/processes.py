@@ -30,6 +30,11 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def hold_stop_signals() -> None:
+    """Have them wait until somebody asks for them, in this process and in those that it starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
 def die_with_rank() -> None:
     """In a process that a rank has started by `multiprocessing`, as Megatron does to save: end when the rank does.
 

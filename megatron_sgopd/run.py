@@ -135,7 +135,7 @@ class Run:
             size: of the checkpoint in bytes.
         """
         self.monitor.note(f"checkpoint saved: {size / 2**20:.1f} MiB in {seconds:.1f} s")
-        notice = int(os.environ.get(NOTICE_SECONDS, "0"))
+        notice = int(os.environ.get(NOTICE_SECONDS) or 0)
         stage, longest = self.clock.heartbeat.longest_stage()
         if notice and notice < longest + seconds:
             self.monitor.note(

@@ -58,7 +58,8 @@ def status(run: RunFolder) -> dict[str, Any]:
     attempts = read_attempts(run.path)
     running = is_claimed(run.path)
     last = attempts[-1] if attempts else None
-    state = "running" if running else "finished" if run.ended else last.outcome if last else "not begun"
+    over = last.outcome if last else "finished" if run.ended else "not begun"
+    state = "running" if running else over
     recent = [line["seconds"] for line in run.metrics[-_RECENT_STEPS:]]
     steps = run.recipe["train"]["steps"] if run.recipe else None
     left = (steps - run.step) * sum(recent) / len(recent) if recent and steps is not None else None

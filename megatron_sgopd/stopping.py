@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_sgopd.monitor.heartbeat import START, Heartbeat
 from megatron_sgopd.platform import current
-from megatron_sgopd.processes import STOP_SIGNALS
+from megatron_sgopd.processes import STOP_SIGNALS, hold_stop_signals
 
 
 class StopRequest:
@@ -34,7 +34,7 @@ class StopRequest:
         """
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, _: self._note(number))  # for threads that are there already
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        hold_stop_signals()
         atexit.register(_end_daemons)
         threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
 

@@ -7,6 +7,7 @@ SGOPD_MAX_ATTEMPTS=${SGOPD_MAX_ATTEMPTS:-4} # training: in a row without a new c
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 set -uo pipefail
+trap : USR1 TERM # between the steps of this script there is nothing to stop
 srun_options=() in_env=() # for containers: options of srun, and what stands before the command
 # shellcheck source=slurm/env/venv.sh
 source "$SLURM_SUBMIT_DIR/slurm/env/$SGOPD_ENV.sh" || exit 2
@@ -23,17 +24,22 @@ run() {
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "${in_env[@]}" megatron-sgopd "$@" &
     step=$!
     trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM
-    while true; do
+    while kill -0 "$step" 2>/dev/null; do # a signal ends the wait, and not the step
         wait "$step"
-        code=$?
-        kill -0 "$step" 2>/dev/null || break # else a signal ended the wait, and not the step
     done
-    trap - USR1 TERM
+    wait "$step"
+    code=$?
+    trap : USR1 TERM
 }
 
 queue_again() {
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # Slurm ends this script
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    # Not one that was cancelled, and not all tasks of an array, whose number one of them has.
+    if [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+        scontrol requeue "$job"
+        sleep 60 # Slurm ends this script
+    fi
 }
 
 # For commands that keep what is finished and do the rest when they are started again.

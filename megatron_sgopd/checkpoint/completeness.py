@@ -18,12 +18,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Where Megatron says which iteration is the newest one."""
 BLOCKS = ".distcp"
 """Suffix of the files with tensors, of which digests are only taken where they are asked for: they may be terabytes."""
-_BROKEN = ".broken"
+_BROKEN, _CHANGING = ".broken", ".changing"
 _STEP = re.compile(r"iter_(\d{7,})")
-
-
-class Unfinished(ConfigError):
-    """A checkpoint without manifest: whoever wrote it was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +75,16 @@ def check_complete(checkpoint: Path, with_digests: bool) -> None:
         with_digests: those of the tensors too, where the manifest has them; reads the whole checkpoint.
 
     Raises:
-        Unfinished: there is no manifest.
-        ConfigError: naming the first file that is missing or another one.
+        ConfigError: there is no manifest, or naming the first file that is missing or another one.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise Unfinished(f"{checkpoint.name} has no {MANIFEST}: whoever saved it was interrupted")
-    for name, stored in json.loads(path.read_text())["files"].items():
-        expected = FileRecord(**stored)
+        raise ConfigError(f"{checkpoint.name} has no {MANIFEST}")
+    try:
+        files = {name: FileRecord(**stored) for name, stored in json.loads(path.read_text())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{checkpoint.name}/{MANIFEST} cannot be read ({error})") from None
+    for name, expected in files.items():
         if not (checkpoint / name).is_file():
             raise ConfigError(f"{checkpoint.name}/{name} is missing")
         if (size := (checkpoint / name).stat().st_size) != expected.bytes:
@@ -99,22 +97,19 @@ def check_complete(checkpoint: Path, with_digests: bool) -> None:
 def choose_newest(checkpoints: Path, with_digests: bool) -> tuple[int, list[str]]:
     """Make the newest whole checkpoint the one that Megatron loads, and put the others after it out of the way.
 
-    What an interrupted save left is removed; a checkpoint that was whole and is broken now is renamed to
-    `iter_….broken`, and kept.
+    What an interrupted save or removal left is removed. A checkpoint that is broken, or that nobody here saved, is
+    renamed to `iter_….broken`, and kept.
 
     Returns:
         Its step, 0 if the run has none yet, and why those after it were skipped.
 
     Raises:
-        ConfigError: some were whole once, and none is any more: going on would begin anew.
+        ConfigError: there are some, and none is whole: going on would begin anew.
     """
-    skipped, chosen = [], 0
+    skipped, chosen = remove_unfinished(checkpoints), 0
     for step, path in steps_saved(checkpoints).items():
         try:
             check_complete(path, with_digests)
-        except Unfinished as error:
-            skipped.append(f"{error}; removed")
-            shutil.rmtree(path)
         except ConfigError as error:
             skipped.append(f"{error}; kept as {path.name}{_BROKEN}")
             shutil.rmtree(path.with_name(path.name + _BROKEN), ignore_errors=True)
@@ -126,12 +121,47 @@ def choose_newest(checkpoints: Path, with_digests: bool) -> tuple[int, list[str]
         write_atomically(checkpoints / TRACKER, str(chosen).encode())
     elif any(checkpoints.glob(f"iter_*{_BROKEN}")):
         raise ConfigError(
-            f"no checkpoint in {checkpoints} is whole any more ({'; '.join(skipped) or 'they were broken before'}): "
+            f"no checkpoint in {checkpoints} is whole ({'; '.join(skipped) or 'they were broken before'}): "
             "restore one of those that are kept as iter_….broken, or remove the folder to begin anew"
         )
     else:
         (checkpoints / TRACKER).unlink(missing_ok=True)
     return chosen, skipped
+
+
+def begin_change(checkpoint: Path) -> None:
+    """Note that a checkpoint is about to be written or removed."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    _mark(checkpoint).touch()
+
+
+def end_change(checkpoint: Path) -> None:
+    """Note that it has been."""
+    _mark(checkpoint).unlink(missing_ok=True)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a whole checkpoint; from the manifest on, which goes first, it counts as unfinished."""
+    begin_change(checkpoint)
+    (checkpoint / MANIFEST).unlink()
+    shutil.rmtree(checkpoint)
+    end_change(checkpoint)
+
+
+def remove_unfinished(checkpoints: Path) -> list[str]:
+    """Remove what interrupted saves and removals left; what to say of each."""
+    said = []
+    for mark in sorted(checkpoints.glob(f"iter_*{_CHANGING}"), reverse=True):
+        checkpoint = mark.with_suffix("")
+        if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
+            shutil.rmtree(checkpoint)
+            said.append(f"{checkpoint.name} has no {MANIFEST}: whoever saved or removed it was interrupted; removed")
+        mark.unlink()
+    return said
+
+
+def _mark(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + _CHANGING)
 
 
 def expired(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> list[int]:

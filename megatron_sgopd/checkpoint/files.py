@@ -50,13 +50,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.rename(path)
 
 
-def locked(file: IO[Any]) -> bool:
+def locked(file: IO[Any], shared: bool = False) -> bool:
     """Take a file's lock, which is kept until the file is closed or its process ends; False if another one has it.
 
     Also between nodes, on file systems with flock: NFS, Lustre mounted with `-o flock`, GPFS.
+
+    Args:
+        file: open for writing; for a shared lock, reading will do.
+        shared: several may have it, and nobody an exclusive one meanwhile.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_sgopd.checkpoint.completeness import (
-    MANIFEST,
+    begin_change,
     choose_newest,
+    end_change,
     expired,
     record,
+    remove_checkpoint,
     step_folder,
     steps_whole,
     write_manifest,
@@ -31,6 +32,11 @@ class Saves:
         self.newest = 0
         """Steps in the checkpoint that was loaded or saved last."""
 
+    def begin(self, checkpoints: Path, step: int) -> None:
+        """Megatron is about to save a checkpoint."""
+        if dist.get_rank() == 0:
+            begin_change(step_folder(checkpoints, step))
+
     def saved(self, checkpoints: Path, step: int) -> None:
         """Megatron has begun to save a checkpoint, and has ended unless it saves in the background."""
         self._unsettled.append(step_folder(checkpoints, step))
@@ -44,8 +50,7 @@ class Saves:
         """
         total = 0
         for checkpoint in self._unsettled:
-            names = _from_first(lambda checkpoint=checkpoint: sorted(path.name for path in checkpoint.iterdir()))
-            mine = names[dist.get_rank() :: dist.get_world_size()]
+            mine = _share([path.name for path in checkpoint.iterdir()])
             with_digest = self._settings.verify == "digests"
             records = {name: record(checkpoint / name, with_digest) for name in mine}
             gathered: list[Any] = [None] * dist.get_world_size()
@@ -54,6 +59,7 @@ class Saves:
             total += sum(found.bytes for found in written.values())
             if dist.get_rank() == 0:
                 write_manifest(checkpoint, written)
+                end_change(checkpoint)
                 self._remove_expired(checkpoint.parent)
         if self._unsettled:
             dist.barrier()  # nobody goes on, or ends, before it is on disk
@@ -63,8 +69,7 @@ class Saves:
     def _remove_expired(self, checkpoints: Path) -> None:
         whole = steps_whole(checkpoints)
         for step in expired(list(whole), self._settings.keep_last, self._settings.keep_every):
-            (whole[step] / MANIFEST).unlink()  # from here on it counts as unfinished
-            shutil.rmtree(whole[step])
+            remove_checkpoint(whole[step])
 
     def choose(self, checkpoints: Path) -> None:
         """Have Megatron load the newest checkpoint that is whole, and say which were skipped.
@@ -85,6 +90,17 @@ class Saves:
         if dist.get_rank() == 0:
             for reason in skipped:
                 console().print(f"checkpoint skipped: {reason}", markup=False)
+
+
+def _share(seen: list[str]) -> list[str]:
+    """This rank's part of all files, each of which some rank sees: on network file systems others may not yet."""
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, seen)
+    seers: dict[str, list[int]] = {}
+    for rank, names in enumerate(by_rank):
+        for name in names:
+            seers.setdefault(name, []).append(rank)
+    return [name for k, (name, ranks) in enumerate(sorted(seers.items())) if ranks[k % len(ranks)] == dist.get_rank()]
 
 
 def _from_first(make: Any) -> Any:

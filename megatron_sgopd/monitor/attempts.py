@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.monitor.heartbeat import HEARTBEATS
-from megatron_sgopd.monitor.output import EXIT_STOPPED, append_json_line, is_cut, read_json_lines
+from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, append_json_line, is_cut, read_json_lines
 from megatron_sgopd.processes import node_name
 
 ATTEMPTS = "attempts.jsonl"
@@ -43,9 +43,15 @@ class Attempt:
 
 
 def begin_attempt(run_dir: Path, step: int) -> None:
-    """Note that an attempt begins, and remove the last one's heartbeats; by the first rank, before others have any."""
+    """Note that an attempt begins, by the first rank, before others have heartbeats: it removes the last attempt's.
+
+    Each rank removes its own error of then; those of ranks that there are no more go here.
+    """
     path = run_dir / ATTEMPTS
     shutil.rmtree(run_dir / HEARTBEATS, ignore_errors=True)
+    for error in (run_dir / LOGS).glob("rank-*.error"):
+        if int(error.stem.removeprefix("rank-")) >= int(os.environ.get("WORLD_SIZE", "1")):
+            error.unlink(missing_ok=True)
     if is_cut(path):
         write_atomically(path, path.read_bytes().rpartition(b"\n")[0] + b"\n")
     job = os.environ.get("SLURM_JOB_ID")

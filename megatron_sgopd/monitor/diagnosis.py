@@ -32,15 +32,18 @@ def diagnosis(run_dir: Path) -> str:
         return _of_hung(run_dir, [beats[rank] for rank in hung])
     errors = sorted((run_dir / LOGS).glob("rank-*.error"), key=lambda path: path.stat().st_mtime)
     texts = {int(path.stem.removeprefix("rank-")): path.read_text().strip() for path in errors}
-    if not texts:
-        return ""
     causes = [rank for rank, text in texts.items() if not any(words in text for words in _LOST_PEER)]
     silent = [beat for rank, beat in beats.items() if rank not in texts]
     if silent and not causes:
+        others = [str(beat.rank) for beat in silent[1:]]
         return (
-            f"{_place(silent[0])}: ended without a word. It was killed from outside, as by the kernel where memory "
-            "runs out (see dmesg), or its node was lost; the other ranks then lost it"
+            f"{_place(silent[0])}: ended without a word"
+            + (f", as did {', '.join(others)}; one of them was first" if others else "")
+            + ". It was killed from outside, as by the kernel where memory runs out (see dmesg), or its node was lost; "
+            "then the others were ended"
         )
+    if not texts:
+        return ""
     rank = next(iter([*causes, *texts]))  # by the files' times, which nodes may not agree on
     text = texts[rank]
     where = _place(beats[rank]) if rank in beats else f"rank {rank}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from megatron_sgopd.processes import node_name
 
 HEARTBEATS = "heartbeats"
 START, BETWEEN = "start", "between stages"
+_GRACE = 15.0
+"""Seconds between a rank's stack and its end."""
 _RECORD_BYTES = 256
 """A record is overwritten in one write of always the same length, so that a reader sees a whole one."""
 
@@ -39,8 +42,9 @@ class Heartbeat:
     """This rank's record in RUN_DIR/heartbeats.
 
     A stage may take `alarms.first_hang_seconds` the first time, then `alarms.hang_seconds` or ten times its longest so
-    far, whichever is more. After that, every thread's Python stack is written to RUN_DIR/logs/rank-N.stack and the
-    process ends, from a thread of faulthandler's own that needs no lock of the interpreter's.
+    far, whichever is more. After that, every thread's Python stack is written to RUN_DIR/logs/rank-N.stack, by a thread
+    of faulthandler's own that needs no lock of the interpreter's. The process is ended by the kernel's alarm some
+    seconds later, so that the other ranks, whose limits are a little different, write theirs too.
     """
 
     def __init__(self, run_dir: Path, rank: int, settings: AlarmSettings) -> None:
@@ -71,13 +75,15 @@ class Heartbeat:
         limit = self._settings.first_hang_seconds
         if self.stage in self._longest:
             limit = max(self._settings.hang_seconds, 10 * self._longest[self.stage])
-        faulthandler.dump_traceback_later(limit, file=self._stack, exit=True)
+        faulthandler.dump_traceback_later(limit, file=self._stack)
+        signal.setitimer(signal.ITIMER_REAL, limit + _GRACE)
         beat = Beat(self._rank, self._host, self.stage, self.step, time.time(), limit)
         os.pwrite(self._record, json.dumps(vars(beat)).ljust(_RECORD_BYTES).encode(), 0)
 
     def stop(self) -> None:
         """No more stages: nothing is watched any longer."""
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def stack_file(run_dir: Path, rank: int) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ EXIT_STOPPED = os.EX_TEMPFAIL
 """A run was asked to stop and has saved: whoever gets this exit code starts it again."""
 _EXIT_CODES: dict[type[BaseException], int] = {ConfigError: 2, Alarm: 3}
 _LOCK = "run.lock"
+_LONGEST_LOOK = 3
+"""Seconds for which somebody who only looks may keep the lock."""
+_LONGEST_LEASE = 120
+"""Seconds for which a lost node may."""
 _terminal: int | None = None
 
 
@@ -102,10 +107,16 @@ def claimed(run_dir: Path) -> Iterator[None]:
     """Be the only one to train in a run folder.
 
     Raises:
-        ConfigError: another process does.
+        ConfigError: another process does, and goes on for some seconds; minutes in a batch job that was started
+            again, since a network file system takes so long to notice that a node is lost.
     """
+    patience = _LONGEST_LEASE if "SLURM_RESTART_COUNT" in os.environ else _LONGEST_LOOK
+    deadline = time.monotonic() + patience
     with (run_dir / _LOCK).open("a") as file:
-        if not locked(file):
+        while not locked(file):
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
             raise ConfigError(f"{run_dir} is being trained in by another process: wait for it, or set another run_dir")
         yield
 
@@ -115,7 +126,7 @@ def is_claimed(run_dir: Path) -> bool:
     if not (run_dir / _LOCK).is_file():
         return False
     with (run_dir / _LOCK).open() as file:
-        return not locked(file)
+        return not locked(file, shared=True)
 
 
 def append_json_line(path: Path, line: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def test_broken_checkpoints_are_named_and_the_newest_whole_one_is_taken(main_run
         "checkpoint skipped: iter_0000010/",
         "has another digest than when it was written; kept as iter_0000010.broken",
         "is missing; kept as iter_0000008.broken",
-        f"checkpoint skipped: iter_0000006 has no {MANIFEST}: whoever saved it was interrupted; removed",
+        f"checkpoint skipped: iter_0000006 has no {MANIFEST}; kept as iter_0000006.broken",
     ):
         assert said in resumed.output
     assert "step 5/11" in resumed.output and "step 4/11" not in resumed.output

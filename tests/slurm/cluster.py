@@ -146,9 +146,9 @@ class Cluster:
         found = {}
         for process in self.processes(SLURM_JOB_ID=str(job)):
             with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                parent = process.parent()
-                if parent is not None and parent.name() == "slurmstepd" and "train" in process.cmdline():
-                    found[int(process.environ()["SLURM_PROCID"])] = process
+                parent, rank = process.parent(), process.environ().get("SLURM_PROCID")
+                if parent is not None and parent.name() == "slurmstepd" and "train" in process.cmdline() and rank:
+                    found[int(rank)] = process
         return [found[rank] for rank in sorted(found)]
 
     def boot(self, node: str) -> None:

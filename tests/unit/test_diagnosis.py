@@ -56,6 +56,9 @@ def test_out_of_memory_names_the_stage_the_size_and_the_settings(
     assert "Out of memory in train: lower train.rows_per_microbatch, train.row_tokens" in said
 
 
-def test_nothing_is_said_where_nothing_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail(tmp_path, monkeypatch, 0, "train", lambda: None)
-    assert diagnosis(tmp_path) == ""
+def test_where_nobody_left_a_word_all_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diagnosis(tmp_path) == "", "nobody has come as far as a stage"
+    for rank in range(3):
+        fail(tmp_path, monkeypatch, rank, "train", lambda: None)
+    said = diagnosis(tmp_path)
+    assert said.startswith("rank 0 on n0, train of step 7: ended without a word, as did 1, 2; one of them was first")

@@ -30,7 +30,7 @@ def _kill_a_rank(one: Soak, number: int) -> None:
         time.sleep(5 * one.random.random())
     else:
         one.wait_for("train")
-        time.sleep(10 * one.random.random())
+        time.sleep(12 * one.random.random())
     one.random.choice(one.ranks()).kill()
 
 
