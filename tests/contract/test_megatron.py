@@ -1,8 +1,14 @@
 """The places where the plugin touches Megatron still have the shape that it relies on."""
 
 import inspect
+import io
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.inference.shards import build_inference_pg_collection
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,6 +18,8 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from megatron.training import training
 from megatron.training.async_utils import maybe_finalize_async_save
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 
 def parameters(function: object) -> list[str]:
@@ -91,3 +99,33 @@ def test_initialization_has_a_switch_for_machines_without_cuda():
 
 def test_the_wheel_ships_the_compiled_dataset_helpers():
     import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+
+class Hostile:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_objects_in_a_checkpoint_are_not_unpickled_freely_once_the_plugin_has_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert MCoreLoadPlanner.load_bytes is DefaultLoadPlanner.load_bytes
+    content = io.BytesIO()
+    torch.save(Hostile(tmp_path / "executed"), content)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict = {"object": None}
+    item = SimpleNamespace(dest_index=MetadataIndex("object"))
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    content.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        planner.load_bytes(item, content)
+    assert not (tmp_path / "executed").exists()
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    content.seek(0)
+    planner.load_bytes(item, content)
+    assert (tmp_path / "executed").exists(), "else there was nothing to prevent"
