@@ -1,6 +1,6 @@
 """Megatron models on CPU ranks, built from Hugging Face folders and run, for tests that compare them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 1, 2), (2,
 """Tensor, pipeline and expert parallel sizes."""
 
 
-def each_layout() -> Iterator[tuple[int, int, int]]:
-    """On each of four ranks: set up Megatron on the CPU, and initialize one of `LAYOUTS` after the other."""
+def each_layout(layouts: Sequence[tuple[int, int, int]] = LAYOUTS) -> Iterator[tuple[int, int, int]]:
+    """On each of all ranks: set up Megatron on the CPU, and initialize one layout after the other."""
     from megatron_sgopd import platform
 
     platform.select("cpu")
@@ -21,7 +21,7 @@ def each_layout() -> Iterator[tuple[int, int, int]]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    for tensor, pipeline, expert in LAYOUTS:
+    for tensor, pipeline, expert in layouts:
         parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
         model_parallel_cuda_manual_seed(1)
         yield tensor, pipeline, expert

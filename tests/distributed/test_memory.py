@@ -1,37 +1,30 @@
 """The planner's bytes are those that Megatron really allocates."""
 
 import json
+import os
 from pathlib import Path
 
 from launch import run_ranks
-from megatron_models import base_config, process_groups
+from megatron_models import base_config, build, each_layout, process_groups
 
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
-"""Tensor and pipeline parallel sizes, on four ranks: what is left is data parallel."""
+LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1))
+"""Tensor, pipeline and expert parallel sizes, on four ranks: what is left is data parallel."""
 
 
 def count_bytes(models: str, out: str) -> None:
     """Each rank writes, for each model, precision and layout, what it holds after a step of the optimizer."""
     import torch
-    import torch.distributed as dist
-
-    from megatron_sgopd import platform
-
-    platform.select("cpu")
-    dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.module import Float16Module
-
-    from megatron_sgopd.models.architecture import read_architecture
-    from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
 
     found = []
-    for tensor, pipeline in LAYOUTS:
-        parallel_state.initialize_model_parallel(tensor, pipeline)
-        model_parallel_cuda_manual_seed(1)
+    for tensor, pipeline, _ in each_layout(LAYOUTS):
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.module import Float16Module
+
+        from megatron_sgopd.models.architecture import read_architecture
+        from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
+
         stage = parallel_state.get_pipeline_model_parallel_rank()
         for name in ("llama_tied", "llama_untied", "qwen3"):
             for precision in ("float32", "bf16"):
@@ -55,9 +48,7 @@ def count_bytes(models: str, out: str) -> None:
                 wrapped.zero_grad_buffer()
                 optimizer.step()
                 found.append([name, precision, tensor, pipeline, stage, *held(wrapped, optimizer)])
-        parallel_state.destroy_model_parallel()
-    (Path(out) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 def held(model, optimizer) -> tuple[int, int, int]:
@@ -97,24 +88,14 @@ def test_weights_gradients_and_optimizer_are_counted_to_the_byte(tiny_models: di
 def saved_bytes(models: str, out: str) -> None:
     """Each rank writes what its part of a forward pass keeps for the backward pass, weights aside."""
     import torch
-    import torch.distributed as dist
-    from megatron_models import build
 
     from megatron_sgopd import platform
-
-    platform.select("cpu")
-    dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     from megatron_sgopd.models.architecture import read_architecture
 
     found = []
-    for tensor in (1, 2):
-        parallel_state.initialize_model_parallel(tensor)
-        model_parallel_cuda_manual_seed(1)
+    for tensor, pipeline, expert in each_layout(((1, 1, 1), (2, 1, 1))):
         for name in ("llama_untied", "qwen2", "qwen3"):
-            model = build(read_architecture(Path(models) / name), (tensor, 1, 1)).train()
+            model = build(read_architecture(Path(models) / name), (tensor, pipeline, expert)).train()
             weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
             for rows, row_tokens in ((2, 128), (1, 256), (4, 64)):
                 tokens = torch.zeros(rows, row_tokens, dtype=torch.long)
@@ -128,9 +109,7 @@ def saved_bytes(models: str, out: str) -> None:
                 storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
                 total = sum(n for pointer, n in storages.items() if pointer not in weights)
                 found.append([name, tensor, rows, row_tokens, total])
-        parallel_state.destroy_model_parallel()
-    (Path(out) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 def test_activations_are_counted_within_a_tenth(tiny_models: dict[str, Path], tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ SMALL = {
     "evaluate.teacher": False,
     "logging.samples_every": 2,
 }
+NUMBERS = ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree")
+"""Metrics by which two runs are compared."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgopd.checkpoint.completeness import MANIFEST, newest_step, step_folder
+from megatron_sgopd.checkpoint.completeness import BLOCKS, MANIFEST, newest_step, step_folder
 
 from ..commands import exported_weights, same_weights
-from .conftest import Finished, succeed, train
-
-NUMBERS = ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree")
+from .conftest import NUMBERS, Finished, succeed, train
 
 
 def unfinished(run: Finished, folder: Path) -> Path:
@@ -25,7 +23,7 @@ def unfinished(run: Finished, folder: Path) -> Path:
 
 def blocks(checkpoint: Path) -> list[Path]:
     """Its files with tensors."""
-    return sorted(checkpoint.glob("*.distcp"))
+    return sorted(checkpoint.glob(f"*{BLOCKS}"))
 
 
 def truncate(checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.attempts import read_attempts
 from megatron_sgopd.monitor.output import EXIT_STOPPED, claimed
 
-from .conftest import Finished, start, succeed
+from .conftest import NUMBERS, Finished, start, succeed
 
 
 def test_the_run_writes_its_files(main_run: Finished):
@@ -158,7 +158,7 @@ def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_it_had_not_been(ma
     assert sorted(steps_saved(tmp_path / "checkpoints")) == [8, 11]
     assert [line["step"] for line in resumed.metrics] == list(range(1, 12))
     for ours, theirs in zip(resumed.metrics, main_run.metrics, strict=True):
-        for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):
+        for name in NUMBERS:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-8), (ours["step"], name)
     assert resumed.recorded_text(10)["prompts"] == main_run.recorded_text(10)["prompts"]
     assert resumed.recorded_text(10)["trajectories"] == main_run.recorded_text(10)["trajectories"]

@@ -13,7 +13,7 @@ from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.monitor.attempts import read_attempts
 
 from ..commands import REPOSITORY, exported_weights, same_weights, set_words
-from ..e2e.conftest import RECIPE, SMALL, Finished
+from ..e2e.conftest import NUMBERS, RECIPE, SMALL, Finished
 from .cluster import Cluster, wait_until
 
 STEPS = 11
@@ -38,7 +38,7 @@ def assert_as_uninterrupted(run_dir: Path, other: Finished) -> None:
     ours = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     for line, expected in zip(ours, other.metrics, strict=True):
-        for name in ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree"):
+        for name in NUMBERS:
             assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-8), (line["step"], name)
     ours_weights = exported_weights(run_dir, run_dir / "exported")
     assert same_weights(ours_weights, exported_weights(other.folder, run_dir / "exported_other")), (
