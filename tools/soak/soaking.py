@@ -95,6 +95,11 @@ class Soak:
             if time.time() > since + _ATTEMPT_SECONDS:
                 raise TimeoutError(f"no rank was in {stage} for {_ATTEMPT_SECONDS} s")
 
+    def received(self) -> Counter[str]:
+        """Stages in which signals were received, and how many."""
+        reasons = [attempt.reason.partition("received in ")[2] for attempt in read_attempts(self.run_dir)]
+        return Counter(stage for reason in reasons if (stage := reason.partition(",")[0]))
+
     def faults(self) -> list[str]:
         """In what the run differs from the one that was not disturbed."""
         runs = self.run_dir, self.folder / "undisturbed"
@@ -117,13 +122,12 @@ def soak(
         took = one.disturb(times, disturbance)
         state = cluster.wait(one.job, 60 * steps)
         attempts: list[Attempt] = read_attempts(one.run_dir)
-        received = [attempt.reason.partition("received in ")[2].partition(",")[0] for attempt in attempts]
         faults = one.faults() if state == "COMPLETED" else [f"the job ended as {state}"]
         report = {
             "disturbances": times,
             "attempts": len(attempts),
             "outcomes": dict(Counter(attempt.outcome for attempt in attempts)),
-            "received in": dict(Counter(stage for stage in received if stage)),
+            "received in": dict(one.received()),
             "broken checkpoints": (one.run_dir / "job.out").read_text().count("kept as iter_"),
             "longest end s": round(max(took), 1),
             "differs in": faults,
