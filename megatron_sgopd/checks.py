@@ -45,7 +45,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     Raises:
         ConfigError: naming the first setting that does not fit, and the mend.
     """
-    method = _method(settings)
+    method = method_of(settings)
     resolve_verifier(settings.verify.verifier)
     replay = settings.logging.replay
     if replay is not None and not any(Path(replay).glob("step_*.json")):
@@ -89,13 +89,26 @@ def check_task_scorers(sets: Iterable[Sequence[Prompt]]) -> None:
         scorer(task)
 
 
-def _method(settings: Settings) -> Method:
+FP8_ROLLOUTS_CLIP = 2.0
+"""C of the importance weights, where the settings leave it open and rollouts are in FP8."""
+
+
+def method_of(settings: Settings) -> Method:
+    """The method's preset with what the settings change of it.
+
+    Raises:
+        ConfigError: an unknown method, or values that contradict each other.
+    """
     overrides = {
         field.name: getattr(settings.sgopd, field.name)
         for field in dataclasses.fields(settings.sgopd)
         if field.name not in _NO_METHOD_FIELDS
     }
     given = {name: value for name, value in overrides.items() if value is not None}
+    if settings.fp8.rollouts:
+        given.setdefault("importance_clip", FP8_ROLLOUTS_CLIP)
+    if given.get("importance_clip") == "off":
+        given["importance_clip"] = None
     if given.get("noise_floor") == "auto":
         given |= {"noise_floor": 0.0, "measured_noise_floor": True}
     if "objective" in given:

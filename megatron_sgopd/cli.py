@@ -18,6 +18,7 @@ from megatron_sgopd import __version__
 from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.checkpoint.completeness import newest_step
+from megatron_sgopd.cluster.command import add_command as add_plan
 from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add_teacher_rollouts(commands)
     add_eval(commands)
     add_compare(commands)
+    add_plan(commands)
     add_report(commands)
     add_status(commands)
     add_requeue(commands)

@@ -42,6 +42,8 @@ class TeacherSettings:
     """Ranks that share each layer of the teacher; default: as the student."""
     pipeline_parallel: int | None = Field(default=None, ge=1)
     """Pipeline stages of the teacher; default: as the student."""
+    expert_parallel: int = Field(default=1, ge=1)
+    """Ranks that share the experts of each layer of the teacher, where it has any."""
     offload: bool = False
     """Keep the weights of teacher and reference in host memory and move them in only while they score."""
 
@@ -91,8 +93,9 @@ class SgopdSettings:
     noise_floor: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
     """tau in nats: where teacher and student differ by less, the gate is neutral. auto: the last step's 95th
     percentile of |s - b|, below which a difference may be the precision's and no preference."""
-    importance_clip: float | None = Field(default=None, gt=0)
-    """C: weight tokens by min(exp(s - b), C); unset: no importance weights."""
+    importance_clip: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
+    """C: weight tokens by min(exp(s - b), C); off: no importance weights. Unset: off, but 2 where the rollouts are made
+    in FP8, by another policy than the one that is trained."""
     reference_kl_coef: float | None = Field(default=None, ge=0)
     """Weight of a reverse KL to the initial student, added to the loss; holds a student that drifts off."""
     updates_per_batch: int = Field(default=1, ge=1)
@@ -251,6 +254,18 @@ class LoggingSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Fp8Settings:
+    """FP8 outside of training (CUDA). It moves log-probs by more than teacher and student often differ: measure with
+    `megatron-sgopd noise-floor` before."""
+
+    teacher: Literal["tensorwise", "blockwise"] | None = None
+    """Megatron's FP8 recipe for teacher and reference while they score; unset: BF16. Not `delayed`, whose scales, and
+    so the log-probs, would depend on the batches before."""
+    rollouts: Literal["per_tensor", "per_block"] | None = None
+    """vLLM quantizes the student's weights at each sync; unset: BF16."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class CheckpointSettings:
     """Megatron checkpoints in RUN_DIR/checkpoints."""
 
@@ -280,6 +295,7 @@ class Settings:
     alarms: AlarmSettings = AlarmSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    fp8: Fp8Settings = Fp8Settings()
     run_dir: str = "runs/default"
     """Folder of the run: metrics, samples, checkpoints, summary."""
     private: bool = True
@@ -335,11 +351,25 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Fp8RecipeSettings(Fp8Settings):
+    """FP8 of all parts of a run. The names are Megatron's; output layer, log-probs and objective stay in higher
+    precision."""
+
+    format: Literal["hybrid", "e4m3"] | None = None
+    """Of the student's matrix products in training; hybrid: gradients in E5M2. Unset: BF16."""
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
+    """How the scales are found: from 1024 steps' largest values, from the tensor's own, or from those of its blocks."""
+    first_last_layers_bf16: bool = False
+    """The first and the last layer stay in BF16."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe(Settings):
     """A whole run."""
 
     train: TrainSettings = dataclasses.field(kw_only=True)
     parallel: ParallelSettings = ParallelSettings()
+    fp8: Fp8RecipeSettings = Fp8RecipeSettings()
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Further Megatron flags without the leading dashes: `{log-interval: 10, use-flash-attn: true}`."""
 

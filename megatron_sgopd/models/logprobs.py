@@ -51,6 +51,16 @@ class OutputHead:
     """tau: log-probs are those of softmax(logits / tau)."""
 
 
+def default_chunk_tokens(rows: int, buffers: int = 1) -> int:
+    """Tokens whose logits are held at once where the settings leave it open.
+
+    Args:
+        rows: of the output layer on this rank.
+        buffers: of logits, which share the memory that a chunk may take.
+    """
+    return max(1, _CHUNK_LOGITS // rows // _TILE_TOKENS // buffers) * _TILE_TOKENS
+
+
 def target_logprobs(
     hidden_TH: torch.Tensor, head: OutputHead, targets_T: torch.Tensor, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -182,8 +192,7 @@ class _Shard:
         self.owned_T = (local_T >= 0) & (local_T < rows)
         self.index_T = torch.where(self.owned_T, local_T, 0)
         self.known_T = (targets_T >= 0) & (targets_T < head.vocab_size)
-        tiles = max(1, _CHUNK_LOGITS // rows // _TILE_TOKENS // buffers)
-        self.chunk_tokens = head.chunk_tokens or tiles * _TILE_TOKENS
+        self.chunk_tokens = head.chunk_tokens or default_chunk_tokens(rows, buffers)
 
     def chunks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Span, hidden states [C, H] and logits [C, V] before temperature of each chunk.

@@ -6,6 +6,7 @@ checkpoints, digests and counts differ only in what they do with slabs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -224,6 +225,7 @@ def owned_parameters(architecture: Architecture) -> list[Parameter]:
     return [parameter for parameter in parameters(architecture) if not parameter.entry.duplicate]
 
 
+@functools.cache
 def parameter_count(architecture: Architecture) -> int:
     """Number of weights in the Hugging Face folder; tied embeddings count once, padding never."""
     return sum(math.prod(piece.shape) for parameter in owned_parameters(architecture) for piece in parameter.pieces)

@@ -1,0 +1,451 @@
+"""What a layout of a run needs on each rank and how long its steps take, and the layouts that are best.
+
+Nothing is built: all follows from two config.json, a recipe and a device's data sheet.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_sgopd.cluster import memory, times
+from megatron_sgopd.cluster.hardware import GIB, Device, allowance
+from megatron_sgopd.cluster.times import Calibration, Spread, Workload
+from megatron_sgopd.config import Recipe
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.models.logprobs import default_chunk_tokens
+from megatron_sgopd.models.provider import padded_vocab_size
+from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count
+from megatron_sgopd.objective.methods import Method
+
+_MOST_OF_MEMORY = 0.9
+"""Share that the engine gets at most; vLLM's own default."""
+_SIZES = (1, 2, 4, 8, 16)
+_MENDS = {
+    "generate": "raise rollout.tensor_parallel, or set teacher.offload",
+    "sync": "raise parallel.tensor or parallel.pipeline, or lower rollout.sync_bucket_mib",
+    "teacher": "raise teacher.tensor_parallel or teacher.pipeline_parallel, or set teacher.offload",
+    "reference": "raise parallel.tensor, set teacher.offload, or take a method with sgopd.reference live",
+    "train": "raise parallel.tensor or parallel.pipeline, lower train.rows_per_microbatch or train.row_tokens, set "
+    "teacher.offload, megatron.use-distributed-optimizer, or megatron.recompute-granularity=full with "
+    "megatron.recompute-method=uniform and megatron.recompute-num-layers=1",
+    "host": "raise teacher.tensor_parallel or teacher.pipeline_parallel, or leave teacher.offload out",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The choices that a planner makes."""
+
+    ranks: int
+    tensor: int
+    pipeline: int
+    rows_per_microbatch: int
+    recompute: bool
+    """Every layer is computed again in the backward pass."""
+    sequence: bool
+    distributed_optimizer: bool
+    teacher_tensor: int
+    teacher_pipeline: int
+    teacher_expert: int
+    offload: bool
+    rollout_tensor: int
+    memory_fraction: float | None
+    """The engine's share of the memory; None: as much as is left."""
+
+    @property
+    def student(self) -> Spread:
+        layout = ParallelLayout(self.tensor, self.pipeline)
+        return Spread(layout, self.ranks // (self.tensor * self.pipeline), self.sequence)
+
+    @property
+    def teacher(self) -> Spread:
+        layout = ParallelLayout(self.teacher_tensor, self.teacher_pipeline, expert=self.teacher_expert)
+        return Spread(layout, self.ranks // (self.teacher_tensor * self.teacher_pipeline))
+
+    @property
+    def rows_multiple(self) -> int:
+        """Packed rows are a multiple of it."""
+        return math.lcm(self.student.data, self.teacher.data) * self.rows_per_microbatch
+
+    def settings(self) -> dict[str, object]:
+        """As they stand in a recipe."""
+        recompute = {"granularity": "full", "method": "uniform", "num-layers": 1} if self.recompute else {}
+        return {
+            "parallel.ranks": self.ranks,
+            "parallel.tensor": self.tensor,
+            "parallel.pipeline": self.pipeline,
+            "parallel.sequence": self.sequence,
+            "train.rows_per_microbatch": self.rows_per_microbatch,
+            "teacher.tensor_parallel": self.teacher_tensor,
+            "teacher.pipeline_parallel": self.teacher_pipeline,
+            "teacher.expert_parallel": self.teacher_expert,
+            "teacher.offload": self.offload,
+            "rollout.tensor_parallel": self.rollout_tensor,
+            **({} if self.memory_fraction is None else {"rollout.memory_fraction": self.memory_fraction}),
+            "megatron.use-distributed-optimizer": self.distributed_optimizer,
+            **{f"megatron.recompute-{name}": value for name, value in recompute.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What came of a setup. Bytes are of the fullest rank."""
+
+    setup: Setup
+    phases: dict[str, dict[str, int]]
+    """Phase -> what lies in the device's memory meanwhile."""
+    seconds: dict[str, float]
+    """Stage -> its part of a step."""
+    problems: dict[str, str]
+    """Phase -> why it does not fit, and the mend; empty if all do."""
+    missing: dict[str, int]
+    """Phase -> bytes too many."""
+    tokens: float
+    """Of the responses of a step."""
+
+    @property
+    def worst_problem(self) -> str:
+        """Of the phase that lacks most."""
+        return self.problems[max(self.missing, key=lambda phase: self.missing[phase])]
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+
+def setup_of(recipe: Recipe, ranks: int | None = None) -> Setup:
+    """The choices that a recipe makes, on `ranks` ranks in place of its own."""
+    flags = {name.removeprefix("--").replace("_", "-"): value for name, value in recipe.megatron.items()}
+    parallel, teacher = recipe.parallel, recipe.teacher
+    return Setup(
+        ranks or parallel.ranks,
+        parallel.tensor,
+        parallel.pipeline,
+        recipe.train.rows_per_microbatch,
+        flags.get("recompute-granularity") == "full",
+        parallel.sequence and parallel.tensor > 1,
+        bool(flags.get("use-distributed-optimizer")),
+        teacher.tensor_parallel or parallel.tensor,
+        teacher.pipeline_parallel or parallel.pipeline,
+        teacher.expert_parallel,
+        teacher.offload,
+        recipe.rollout.tensor_parallel,
+        recipe.rollout.memory_fraction,
+    )
+
+
+def planner_of(
+    recipe: Recipe,
+    method: Method,
+    device: Device,
+    lengths: tuple[float | None, float | None] = (None, None),
+    calibration: Calibration | None = None,
+) -> Planner:
+    """The planner of a recipe, whose models need no weights.
+
+    Args:
+        lengths: mean tokens of prompts and of responses, where they are known.
+
+    Raises:
+        ConfigError: a model's config.json is missing or not understood.
+    """
+    rollout, row_tokens = recipe.rollout, recipe.train.row_tokens
+    prompt_tokens, response_tokens = lengths
+    work = Workload(
+        rollout.prompts_per_step,
+        rollout.group_size,
+        prompt_tokens or row_tokens / 8,
+        response_tokens or rollout.max_new_tokens / 2,
+        rollout.max_new_tokens,
+        row_tokens,
+    )
+    student = read_architecture(recipe.model.path, with_weights=False)
+    teacher = read_architecture(recipe.teacher.path, with_weights=False) if method.teacher else None
+    return Planner(recipe, student, teacher, method.needs_reference, device, work, calibration)
+
+
+class Planner:
+    """Judges setups of one recipe on one kind of device."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: Architecture,
+        teacher: Architecture | None,
+        reference: bool,
+        device: Device,
+        work: Workload,
+        calibration: Calibration | None = None,
+    ) -> None:
+        """What stays the same whatever the setup.
+
+        Args:
+            teacher: None where the method has none.
+            reference: whether the initial student is kept as a reference.
+        """
+        self._recipe = recipe
+        self._student = student
+        self._teacher = teacher
+        self._reference = reference
+        self._device = device
+        self._work = work
+        self._calibration = calibration or Calibration()
+        self._precision = recipe.train.precision
+        self.usable = int(device.memory * (1 - allowance("fragmentation")))
+        self._runtime = round(allowance("runtime_gib") * GIB) if device.gpu else 0
+        self._state = functools.cache(self._state_uncached)
+        self._weights = functools.cache(self._weights_uncached)
+        self._train_seconds = functools.cache(self._train_seconds_uncached)
+
+    def judge(self, setup: Setup) -> Plan:
+        """Memory and time of a setup that divides as it must (see `undivided`)."""
+        phases = self._phases(setup)
+        missing = {
+            name: total - self.usable for name, parts in phases.items() if (total := sum(parts.values())) > self.usable
+        }
+        host = self._scorer_bytes(setup) * self._device.per_node if setup.offload else 0
+        problems = {name: self._problem(name, phases[name]) for name in missing}
+        if host > self._device.host_memory * self._device.per_node:
+            node = self._device.host_memory * self._device.per_node
+            missing["host"] = host - node
+            problems["host"] = f"the host of a node would hold {_gib(host)} of {_gib(node)}: {_MENDS['host']}"
+        tokens = self._work.responses * self._work.response_tokens
+        return Plan(setup, phases, self._seconds(setup, phases), problems, missing, tokens)
+
+    def best(self, ranks: int, count: int) -> tuple[list[Plan], list[Plan]]:
+        """The `count` fastest setups that fit on so many ranks, and the nearest misses, one for each phase."""
+        fitting: list[Plan] = []
+        misses: dict[str, Plan] = {}
+        for setup in self._setups(ranks):
+            plan = self.judge(setup)
+            if not plan.missing:
+                fitting.append(plan)
+            for phase in list(plan.missing)[:1]:
+                if phase not in misses or sum(plan.missing.values()) < sum(misses[phase].missing.values()):
+                    misses[phase] = plan
+        return sorted(fitting, key=lambda plan: plan.step_seconds)[:count], list(misses.values())
+
+    def nearest(self, ranks: int) -> Plan | None:
+        """The fastest setup on the smallest number of ranks that is a power of two times `ranks`, and fits."""
+        for doubled in (ranks << i for i in range(1, 8)):
+            if found := self.best(doubled, 1)[0]:
+                return found[0]
+        return None
+
+    def undivided(self, setup: Setup) -> str | None:
+        """Why models, ranks and batch do not divide as the setup asks; None if they do."""
+        try:
+            self._student.check_parallel(setup.tensor, setup.pipeline)
+            self._student.check_parallel(setup.rollout_tensor, 1)
+            if self._teacher is not None:
+                self._teacher.check_parallel(setup.teacher_tensor, setup.teacher_pipeline, setup.teacher_expert)
+        except ConfigError as error:
+            return str(error)
+        sizes = {
+            "parallel.tensor x parallel.pipeline": setup.tensor * setup.pipeline,
+            "teacher.tensor_parallel x teacher.pipeline_parallel": setup.teacher_tensor * setup.teacher_pipeline,
+            "rollout.tensor_parallel": setup.rollout_tensor,
+        }
+        for name, size in sizes.items():
+            if setup.ranks % size:
+                return f"{name} = {size} does not divide {setup.ranks} ranks"
+        if self._work.responses % (setup.student.data * setup.rows_per_microbatch):
+            return (
+                f"{self._work.responses} responses a step do not divide into {setup.student.data} data-parallel ranks "
+                f"x {setup.rows_per_microbatch} rows"
+            )
+        return None
+
+    # ---- Search -----------------------------------------------------------------------------------------
+
+    def _setups(self, ranks: int) -> Iterator[Setup]:
+        """Layouts that divide, each with the engine's share left open."""
+        within = [size for size in _SIZES if size <= self._device.per_node]
+        experts = [e for e in within if self._teacher is not None and self._teacher.num_experts]
+        optimizer = setup_of(self._recipe).distributed_optimizer or self._device.gpu
+        students = itertools.product(within, _SIZES, (1, 2, 4), (False, True))
+        teachers = list(itertools.product(within, _SIZES, experts or (1,), (False, True)))
+        for tensor, pipeline, rows, recompute in students:
+            first = Setup(ranks, tensor, pipeline, rows, recompute, False, optimizer, 1, 1, 1, False, 1, None)
+            first = replace(first, sequence=tensor > 1 and self._device.gpu)
+            if self.undivided(first):
+                continue
+            if self._state(first).total > self.usable:
+                same = replace(first, teacher_tensor=tensor, teacher_pipeline=pipeline, offload=True)
+                if not self.undivided(same):
+                    yield self._with_share(same)  # to say how much is missing
+                continue
+            for teacher_tensor, teacher_pipeline, expert, offload in teachers:
+                second = replace(
+                    first,
+                    teacher_tensor=teacher_tensor,
+                    teacher_pipeline=teacher_pipeline,
+                    teacher_expert=expert,
+                    offload=offload,
+                )
+                if self._teacher is not None and self.undivided(second):
+                    continue
+                for rollout in within:
+                    setup = replace(second, rollout_tensor=rollout)
+                    if not self.undivided(setup):
+                        yield self._with_share(setup)
+                if self._teacher is None:
+                    break
+
+    def _with_share(self, setup: Setup) -> Setup:
+        """The engine's share set to what the others leave it, on a GPU."""
+        if not self._device.gpu:
+            return setup
+        room = self.usable - sum(self._resident(setup).values())
+        share = math.floor(100 * min(room / self._device.memory, _MOST_OF_MEMORY)) / 100
+        return replace(setup, memory_fraction=max(0.01, share))
+
+    # ---- Memory -----------------------------------------------------------------------------------------
+
+    def _state_uncached(self, setup: Setup) -> memory.TrainingState:
+        """Of the stage that has most."""
+        stages = {0, setup.pipeline - 1}
+        shards = setup.student.data if setup.distributed_optimizer else 1
+        layout, fp8 = setup.student.layout, self._recipe.fp8.format is not None
+        found = [memory.training_state(self._student, layout, s, self._precision, shards, fp8) for s in stages]
+        return max(found, key=lambda state: state.total)
+
+    def _weights_uncached(self, name: str, layout: ParallelLayout) -> int:
+        """Of a frozen model, on the stage that has most."""
+        architecture = self._teacher if name == "teacher" else self._student
+        assert architecture is not None
+        most = max(memory.shard_elements(architecture, layout, stage) for stage in {0, layout.pipeline - 1})
+        # Transformer Engine keeps an FP8 copy of each weight that it multiplies by.
+        return most * (memory.weight_bytes(self._precision) + (self._recipe.fp8.teacher is not None))
+
+    def _scorers(self, setup: Setup) -> dict[str, int]:
+        found = {}
+        if self._teacher is not None:
+            found["teacher"] = self._weights("teacher", setup.teacher.layout)
+        if self._reference:
+            found["reference"] = self._weights("reference", setup.student.layout)
+        return found
+
+    def _scorer_bytes(self, setup: Setup) -> int:
+        return sum(self._scorers(setup).values())
+
+    def _resident(self, setup: Setup) -> dict[str, int]:
+        """What is there in all phases."""
+        resident = {"runtime": self._runtime, "student": self._state(setup).total}
+        return resident if setup.offload else resident | self._scorers(setup)
+
+    def _engine_weights(self, setup: Setup) -> int:
+        each = memory.weight_bytes(self._precision)
+        if self._recipe.fp8.rollouts:
+            each = 1
+        return parameter_count(self._student) * each // setup.rollout_tensor
+
+    def _engine(self, setup: Setup) -> dict[str, int]:
+        """While it generates."""
+        weights = self._engine_weights(setup)
+        if not self._device.gpu:
+            return {"engine": weights, "cache": round(self._recipe.rollout.cache_gib * GIB)}
+        assert setup.memory_fraction is not None
+        fixed = weights + round(allowance("engine_awake_gib") * GIB)
+        share = round(setup.memory_fraction * self._device.memory)
+        needed = memory.cache_bytes_per_token(self._student) * self._work.row_tokens // setup.rollout_tensor
+        return {"engine": fixed, "cache": max(share - fixed, needed)}
+
+    def _phases(self, setup: Setup) -> dict[str, dict[str, int]]:
+        resident, engine = self._resident(setup), self._engine(setup)
+        asleep = {"engine": round(allowance("engine_asleep_gib") * GIB)} if self._device.gpu else engine
+        bucket = 2 * self._recipe.rollout.sync_bucket_mib * 2**20
+        largest = 2 * self._student.hidden_size * padded_vocab_size(self._student, setup.tensor)
+        phases = {
+            "sync": resident
+            | engine
+            | {"cache": 0 if self._device.gpu else engine["cache"], "bucket": bucket + largest},
+            "generate": resident | engine,
+        }
+        if self._teacher is not None:
+            phases["teacher"] = resident | asleep | self._scoring(setup, "teacher", self._teacher, setup.teacher)
+        if self._reference:
+            phases["reference"] = resident | asleep | self._scoring(setup, "reference", self._student, setup.student)
+        phases["train"] = resident | asleep | self._activations(setup)
+        return phases
+
+    def _scoring(self, setup: Setup, name: str, architecture: Architecture, spread: Spread) -> dict[str, int]:
+        tokens = setup.rows_per_microbatch * self._work.row_tokens
+        layer = self._layer_bytes(architecture, spread, setup.rows_per_microbatch)
+        logits = self._chunk_logits(architecture, spread.layout.tensor, tokens)
+        output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=False)
+        return {name: self._scorers(setup)[name], "activations": layer, "output layer": output}
+
+    def _activations(self, setup: Setup) -> dict[str, int]:
+        spread, architecture = setup.student, self._student
+        tokens = setup.rows_per_microbatch * self._work.row_tokens
+        layer = self._layer_bytes(architecture, spread, setup.rows_per_microbatch)
+        layers = architecture.num_layers // setup.pipeline
+        kept = memory.layer_input_bytes(architecture, spread.layout, tokens, setup.sequence)
+        of_stage = layers * (kept if setup.recompute else layer) + (layer if setup.recompute else 0)
+        microbatches = self._work.rows(setup.rows_multiple) // setup.student.data // setup.rows_per_microbatch
+        first = {"activations": min(setup.pipeline, microbatches) * of_stage, "output layer": 0}
+        logits = self._chunk_logits(architecture, setup.tensor, tokens)
+        output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=True)
+        last = {"activations": of_stage, "output layer": output}
+        return max(first if setup.pipeline > 1 else last, last, key=lambda parts: sum(parts.values()))
+
+    def _layer_bytes(self, architecture: Architecture, spread: Spread, rows: int) -> int:
+        if self._device.gpu:
+            tokens = rows * self._work.row_tokens
+            return memory.fused_activation_bytes(architecture, spread.layout, tokens, spread.sequence)
+        return memory.activation_bytes(architecture, spread.layout, rows, self._work.row_tokens, self._precision)
+
+    def _chunk_logits(self, architecture: Architecture, tensor: int, tokens: int) -> int:
+        rows = padded_vocab_size(architecture, tensor) // tensor
+        return rows * min(tokens, self._recipe.sgopd.logprob_chunk_tokens or default_chunk_tokens(rows))
+
+    def _problem(self, phase: str, parts: dict[str, int]) -> str:
+        largest = sorted(parts.items(), key=lambda part: -part[1])
+        said = ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in largest if nbytes > GIB // 10)
+        total = _gib(sum(parts.values()))
+        return f"{phase} needs {total} of {_gib(self.usable)} on a rank ({said}): {_MENDS[phase]}"
+
+    # ---- Time -------------------------------------------------------------------------------------------
+
+    def _train_seconds_uncached(
+        self, spread: Spread, rows: int, microbatch: int, recompute: bool, shards: int
+    ) -> float:
+        work, device, fp8 = self._work, self._device, self._recipe.fp8.format is not None
+        return times.train_seconds(self._student, spread, work, rows, microbatch, device, recompute, shards, fp8)
+
+    def _seconds(self, setup: Setup, phases: dict[str, dict[str, int]]) -> dict[str, float]:
+        work, device, microbatch = self._work, self._device, setup.rows_per_microbatch
+        rows = work.rows(setup.rows_multiple)
+        shards = setup.student.data if setup.distributed_optimizer else 1
+        cache = phases["generate"]["cache"]
+        seconds = {
+            "sync": times.sync_seconds(self._student, setup.student, device),
+            "generate": times.generate_seconds(self._student, setup.ranks, setup.rollout_tensor, work, cache, device),
+        }
+        loads = self._scorers(setup) if setup.offload else {}
+        scored = {"teacher": (self._teacher, setup.teacher), "reference": (self._student, setup.student)}
+        for name in self._scorers(setup):
+            architecture, spread = scored[name]
+            assert architecture is not None
+            fp8 = self._recipe.fp8.teacher is not None
+            seconds[name] = times.forward_seconds(architecture, spread, work, rows, microbatch, device, fp8)
+        for name, nbytes in loads.items():
+            seconds[name] += times.host_seconds(nbytes, device)
+        seconds["train"] = self._train_seconds(setup.student, rows, microbatch, setup.recompute, shards)
+        verify = times.verify_seconds(work.responses, setup.ranks * self._recipe.verify.workers)
+        seconds["verify"] = max(0.0, verify - seconds.get("teacher", 0.0) - seconds.get("reference", 0.0))
+        return {stage: self._calibration.of(stage, value) for stage, value in seconds.items()}
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.1f} GiB"
