@@ -233,13 +233,16 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
     student.check_parallel(parallel.tensor, parallel.pipeline)
     teacher_tensor = recipe.teacher.tensor_parallel or parallel.tensor
     teacher_pipeline = recipe.teacher.pipeline_parallel or parallel.pipeline
-    teacher.check_parallel(teacher_tensor, teacher_pipeline)
+    teacher.check_parallel(teacher_tensor, teacher_pipeline, recipe.teacher.expert_parallel)
     student.check_parallel(rollout.tensor_parallel, 1)
     if recipe.sgopd.estimator == "full":
         check_full_estimator(recipe, student, teacher, parallel.tensor, parallel.pipeline)
     for name, size in (
         ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
-        ("teacher.tensor_parallel x teacher.pipeline_parallel", teacher_tensor * teacher_pipeline),
+        (
+            "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel",
+            teacher_tensor * teacher_pipeline * recipe.teacher.expert_parallel,
+        ),
         ("rollout.tensor_parallel", rollout.tensor_parallel),
     ):
         if parallel.ranks % size:

@@ -119,7 +119,7 @@ class _Loop:
         from megatron.training.async_utils import is_empty_async_queue
 
         from megatron_sgopd import run as runs
-        from megatron_sgopd.models.microbatch import microbatches
+        from megatron_sgopd.models.microbatch import microbatches, schedule_shape
 
         args = get_args()
         if args.async_save and is_empty_async_queue():
@@ -140,7 +140,8 @@ class _Loop:
 
         def schedule(**arguments: Any) -> Any:
             # The number of packed rows differs from step to step.
-            return forward_backward_func(**{**arguments, "num_microbatches": share // args.micro_batch_size})
+            shape = schedule_shape(args.micro_batch_size, args.seq_length)
+            return forward_backward_func(**{**arguments, **shape, "num_microbatches": share // args.micro_batch_size})
 
         def update(last: bool) -> Any:
             mine = microbatches(rows, first, first + share, args.micro_batch_size)
@@ -156,7 +157,7 @@ class _Loop:
                 **keywords,
             )
 
-        with run.clock("train"):
+        with run.phase("train"):
             for left in reversed(range(self._settings.sgopd.updates_per_batch)):
                 result = update(last=left == 0)
                 if left:

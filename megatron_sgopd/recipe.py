@@ -12,6 +12,7 @@ from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.fp8 import check_fp8, training_flags
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import parameter_count
 from megatron_sgopd.monitor.output import METRICS
@@ -20,7 +21,13 @@ RESOLVED = "recipe.yaml"
 _FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "private", "platform"})
 _LAYOUT = frozenset(
     {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.sequence", "teacher.tensor_parallel"}
-    | {"teacher.pipeline_parallel", "teacher.offload", "rollout.tensor_parallel", "train.rows_per_microbatch"}
+    | {
+        "teacher.pipeline_parallel",
+        "teacher.expert_parallel",
+        "teacher.offload",
+        "rollout.tensor_parallel",
+        "train.rows_per_microbatch",
+    }
     | {"rollout.memory_fraction", "rollout.cache_gib", "rollout.sync_bucket_mib", "sgopd.logprob_chunk_tokens"}
 )
 """Settings that change nothing but the order of sums: a run may go on with others."""
@@ -72,6 +79,7 @@ def check_recipe(recipe: Recipe) -> Inputs:
     check_run_dir(recipe)
     inputs = check_inputs(recipe, recipe.train.row_tokens)
     check_layout(recipe, inputs.student, inputs.teacher)
+    check_fp8(recipe, inputs.student, inputs.teacher)
     megatron_arguments(recipe, inputs)
     check_disk(Path(recipe.run_dir), parameter_count(inputs.student), recipe.train.precision)
     return inputs
@@ -152,7 +160,7 @@ def megatron_arguments(recipe: Recipe, inputs: Inputs) -> list[str]:
     """
     owned = {name: (value, "model.path") for name, value in _as_mapping(megatron_flags(inputs.student)).items()}
     owned["padded-vocab-size"] = (padded_vocab_size(inputs.student, recipe.parallel.tensor), "model.path")
-    owned |= _recipe_flags(recipe)
+    owned |= _recipe_flags(recipe) | training_flags(recipe)
     for name, value in recipe.megatron.items():
         flag = name.removeprefix("--").replace("_", "-")
         if flag in owned and value != owned[flag][0]:

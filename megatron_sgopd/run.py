@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_full_estimator, check_inputs
+from megatron_sgopd.cluster.hardware import GIB, device
+from megatron_sgopd.cluster.plan import planner_of, setup_of
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError, Stopped
 from megatron_sgopd.evaluation.heldout import respond
+from megatron_sgopd.fp8 import check_tokens, prove_fp8
 from megatron_sgopd.models.microbatch import unwrapped
 from megatron_sgopd.models.policy import PolicyStep, Student
 from megatron_sgopd.models.provider import check_model, set_rotary_frequencies
@@ -31,6 +35,8 @@ from megatron_sgopd.monitor.output import run_folder
 from megatron_sgopd.monitor.samples import sample_lines
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import current
+from megatron_sgopd.recipe import RESOLVED, load_recipe
+from megatron_sgopd.residency import Residency, Tenant
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptStream
 from megatron_sgopd.rollout.recording import Recording
@@ -66,7 +72,10 @@ class Run:
     row_tokens: int
     rows_per_microbatch: int
     stop_request: StopRequest
+    residency: Residency
     truncated_history: list[bool] = field(default_factory=list)
+    _fp8_is_proven: bool = False
+    _is_compared: bool = False
 
     def before_training(self, step: int) -> tuple[Batch, PolicyStep]:
         """The stages up to the optimizer step."""
@@ -107,6 +116,7 @@ class Run:
             if grad_norm is not None:
                 metrics["grad_norm"] = float(grad_norm)
             check_metrics(self.settings.alarms, batch.step, metrics)
+            self._prove_fp8()
             self._set_noise_floor(metrics["logprob_gap_p95"])
             self.recording.save(batch, lambda: policy.student_logprobs_T)
             samples = self._samples(batch, policy) if self.keeps_samples(batch.step) else []
@@ -114,15 +124,19 @@ class Run:
         if last or (every and done % every == 0):
             self.evaluate("after" if last else "step", done)
         stages, seconds = self.clock.lap()
+        peaks = self.residency.lap()
         metrics |= {
             "step": done,
             "seconds": seconds,
             "stage_seconds": stages,
+            "phase_memory_mib": {name: nbytes / 2**20 for name, nbytes in peaks.items()},
             "unexplained_share": 1 - sum(stages.values()) / seconds,
             "tokens_per_second": metrics["response_tokens"] / seconds,
         }
         self.monitor.step(metrics)
         self.monitor.samples(samples)
+        if not self._is_compared:
+            self._compare_memory(peaks)
         if last:
             self.monitor.summary()
             self.verification.close()
@@ -173,6 +187,26 @@ class Run:
             self.inputs.tokenizer,
         )
 
+    def _compare_memory(self, peaks: dict[str, int]) -> None:
+        """Say what each phase of this process's first step took, and what the planner says of the run's recipe."""
+        self._is_compared = True
+        path = Path(self.settings.run_dir) / RESOLVED
+        if not path.is_file():
+            return  # a script of the user's own
+        recipe = load_recipe(path)
+        plan = planner_of(recipe, self.method, device(current().planned_as)).judge(setup_of(recipe))
+        planned = {name: sum(parts.values()) for name, parts in plan.phases.items()}
+        said = (f"{name} {peaks[name] / GIB:.2f} ({planned[name] / GIB:.2f})" for name in planned if name in peaks)
+        self.monitor.note(f"GiB in use at most on the first rank, and planned: {', '.join(said)}")
+
+    def _prove_fp8(self) -> None:
+        """After the first step, of the models whose recipe asks for FP8."""
+        models = [self.student.model, *(scorer.model for scorer in self.scorers)]
+        for model in models if not self._fp8_is_proven else []:
+            if model.config.fp8:
+                prove_fp8(model)
+        self._fp8_is_proven = True
+
     def _set_noise_floor(self, logprob_gap: float) -> None:
         """For the next step, where the setting is `auto`."""
         if self.method.measured_noise_floor and not math.isnan(logprob_gap):
@@ -183,12 +217,16 @@ class Run:
         if self.engine is None or not self.inputs.heldout:
             return
         sync(self)
-        with self.clock("evaluate"):
+        with self.clock("evaluate"), self.residency("generate"):
             settings = self.settings.evaluate
-            self.engine.wake(["kv_cache"])
             responses = respond(self.engine, self.verification, self.inputs.heldout, settings, self.seed)
-            self.engine.sleep()
         self.monitor.evaluation(name, step, responses)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A stage whose time is counted, with what it needs on the device."""
+        with self.clock(name), self.residency(name):
+            yield
 
     @property
     def scorers(self) -> list[Scorer]:
@@ -226,7 +264,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         optimizer.reload_model_params()
     method, rollout = inputs.method, settings.rollout
 
-    def scorer(architecture: Any, tensor: int, pipeline: int, keeps_hidden: bool = False) -> Scorer:
+    def scorer(architecture: Any, tensor: int, pipeline: int, keeps_hidden: bool = False, expert: int = 1) -> Scorer:
         return Scorer(
             architecture,
             student.model.config,
@@ -236,6 +274,8 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
             args.micro_batch_size,
             settings.sgopd.logprob_chunk_tokens,
             keeps_hidden,
+            expert,
+            settings.fp8.teacher,
         )
 
     tensor, pipeline = groups.tp.size(), groups.pp.size()
@@ -246,15 +286,35 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         check_full_estimator(settings, inputs.student, inputs.teacher, tensor, pipeline)
     monitor = Monitor(settings, args.iteration, args.train_iters)
     verification = Verification(settings.verify, inputs.tokenizer)
+    if settings.evaluate.teacher and not current().several_engines:
+        raise ConfigError(
+            "evaluate.teacher is not possible on this platform, where a process has one engine: leave it out, and use "
+            "`megatron-sgopd eval` on the teacher's folder"
+        )
     if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:
         _evaluate_teacher(settings, args, inputs, verification, monitor)
+    teacher = reference = engine = None
+    if method.teacher:
+        expert = settings.teacher.expert_parallel
+        teacher = scorer(inputs.teacher, teacher_tensor, teacher_pipeline, full, expert)
+    if method.needs_reference:
+        reference = scorer(inputs.student, tensor, pipeline)
+    if not settings.logging.replay:
+        quantization = settings.fp8.rollouts
+        engine = RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed, quantization=quantization)
+        engine.release()
+    tenants: dict[str, Tenant | None] = {
+        "engine": engine,
+        "teacher": teacher.hosted if teacher else None,
+        "reference": reference.hosted if reference else None,
+    }
     run = Run(
         settings,
         method,
         student,
-        scorer(inputs.teacher, teacher_tensor, teacher_pipeline, full) if method.teacher else None,
-        scorer(inputs.student, tensor, pipeline) if method.needs_reference else None,
-        None if settings.logging.replay else RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed),
+        teacher,
+        reference,
+        engine,
         None,
         verification,
         inputs,
@@ -266,6 +326,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         args.seq_length,
         args.micro_batch_size,
         stop_request,
+        Residency({name: tenant for name, tenant in tenants.items() if tenant is not None}),
     )
     if inputs.bank is not None and settings.teacher_rollouts.bank is None and not current().several_engines:
         raise ConfigError(
@@ -321,6 +382,26 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
         (len(model) > 1, "--num-layers-per-virtual-pipeline-stage is not supported: leave it out"),
         (args.context_parallel_size > 1, "--context-parallel-size must be 1: packed rows are not split yet"),
         (
+            args.overlap_param_gather,
+            "--overlap-param-gather must be off: Megatron would gather the weights of a step only in the next forward "
+            "pass, after they were sent to the rollout engine",
+        ),
+        (
+            args.cuda_graph_impl != "none",
+            f"--cuda-graph-impl {args.cuda_graph_impl} must be none: the packed rows of each microbatch differ",
+        ),
+        (
+            args.fp8_param_gather,
+            "--fp8-param-gather must be off: the weights are read as numbers for the rollout engine and its digests",
+        ),
+        (args.decoder_seq_length is not None, "--decoder-seq-length must be left out: rows have --seq-length tokens"),
+        (args.moe_single_grouped_weight, "--moe-single-grouped-weight must be off: experts are named one by one"),
+        (
+            bool(args.fp8) and args.transformer_impl != "transformer_engine",
+            f"--fp8-format {args.fp8} needs --transformer-impl transformer_engine, not {args.transformer_impl}, with "
+            "which Megatron would train in BF16 without a word",
+        ),
+        (
             args.async_save and not current().saves_in_background,
             "--async-save is not possible on this platform: the process in which Megatron saves takes a GPU",
         ),
@@ -337,3 +418,9 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
     for wrong, message in problems:
         if wrong:
             raise ConfigError(message)
+    if settings.fp8.teacher:
+        current().check_fp8(settings.fp8.teacher)
+    if args.fp8:
+        current().check_fp8(args.fp8_recipe)
+        sequence = args.tensor_model_parallel_size if args.sequence_parallel else 1
+        check_tokens("--fp8-format", args.seq_length * args.micro_batch_size, sequence, args.fp8_recipe)

@@ -113,8 +113,7 @@ def teach(run: Run, batch: Batch) -> Batch:
 def sync(run: Run) -> None:
     """Give the engine the weights of the last optimizer step."""
     assert run.engine is not None
-    with run.clock("sync"):
-        run.engine.wake(["weights"])
+    with run.phase("sync"):
         student, groups = run.student, run.student.groups
         digests = shard_digests(student.model, student.architecture, groups)
         bucket_bytes = run.settings.rollout.sync_bucket_mib * 2**20
@@ -129,10 +128,8 @@ def generate(run: Run, batch: Batch) -> Batch:
     mixed = run.settings.teacher_rollouts.mode == "mixture"
     taken = Counter(t.prompt.id for t in batch.taught.trajectories if mixed)
     samples = [settings.group_size - taken[prompt.id] for prompt in batch.prompts]
-    with run.clock("generate"):
-        run.engine.wake(["kv_cache"])
+    with run.phase("generate"):
         trajectories = run.engine.generate(batch.prompts, samples, settings.temperature, run.seed, batch.step)
-        run.engine.sleep()
     return replace(batch, trajectories=tuple(trajectories))
 
 
@@ -150,7 +147,7 @@ def score_teacher(run: Run, batch: Batch) -> Batch:
     if batch.teacher_logprobs_T is not None and run.method.estimator == "sampled":
         return batch  # recorded; `full` needs more of the teacher than was
     assert batch.rows is not None
-    with run.clock("teacher"):
+    with run.phase("teacher"):
         keeps = run.keeps_samples(batch.step)
         logprobs_T, ranks_T = run.teacher.score(batch.rows, run.settings.rollout.temperature, keeps)
         alarms.check_teacher(run.settings.alarms, logprobs_T, run.student.architecture.vocab_size)
@@ -162,7 +159,7 @@ def score_reference(run: Run, batch: Batch) -> Batch:
     if run.reference is None or batch.reference_logprobs_T is not None:
         return batch
     assert batch.rows is not None
-    with run.clock("reference"):
+    with run.phase("reference"):
         logprobs_T, _ = run.reference.score(batch.rows, run.settings.rollout.temperature)
     return replace(batch, reference_logprobs_T=logprobs_T)
 

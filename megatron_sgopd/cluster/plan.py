@@ -201,7 +201,7 @@ class Planner:
         self._calibration = calibration or Calibration()
         self._precision = recipe.train.precision
         self.usable = int(device.memory * (1 - allowance("fragmentation")))
-        self._runtime = round(allowance("runtime_gib") * GIB) if device.gpu else 0
+        self._runtime = round(allowance("runtime_gib" if device.gpu else "cpu_runtime_gib") * GIB)
         self._state = functools.cache(self._state_uncached)
         self._weights = functools.cache(self._weights_uncached)
         self._train_seconds = functools.cache(self._train_seconds_uncached)
@@ -252,7 +252,9 @@ class Planner:
             return str(error)
         sizes = {
             "parallel.tensor x parallel.pipeline": setup.tensor * setup.pipeline,
-            "teacher.tensor_parallel x teacher.pipeline_parallel": setup.teacher_tensor * setup.teacher_pipeline,
+            "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel": setup.teacher_tensor
+            * setup.teacher_pipeline
+            * setup.teacher_expert,
             "rollout.tensor_parallel": setup.rollout_tensor,
         }
         for name, size in sizes.items():

@@ -22,6 +22,7 @@ class Microbatch:
     tokens_BS: torch.Tensor
     positions_BS: torch.Tensor
     segments_BS: torch.Tensor
+    """On the host."""
     row_T: torch.Tensor
     """Row within the microbatch of each response token."""
     column_T: torch.Tensor
@@ -39,7 +40,7 @@ def microbatches(rows: PackedRows, start: int, stop: int, size: int) -> Iterator
         yield Microbatch(
             rows.tokens_RS[first : first + size].to(device),
             rows.positions_RS[first : first + size].to(device),
-            rows.segments_RS[first : first + size].to(device),
+            rows.segments_RS[first : first + size],
             (rows.row_T[span] - first).to(device),
             rows.column_T[span].to(device),
             rows.targets_T[span].to(device),
@@ -49,13 +50,23 @@ def microbatches(rows: PackedRows, start: int, stop: int, size: int) -> Iterator
 
 def forward(model: Any, batch: Microbatch, output_processor: Any, context: Any) -> torch.Tensor:
     """Run this pipeline stage; the last stage returns what `output_processor` makes of the hidden states."""
+    tokens, positions = batch.tokens_BS, batch.positions_BS
+    if current().one_long_row:
+        tokens, positions = tokens.view(1, -1), positions.view(1, -1)
     return model(
-        batch.tokens_BS,
-        batch.positions_BS,
+        tokens,
+        positions,
         output_processor=output_processor,
         output_processor_context=context,
         **current().packed_attention(batch.segments_BS),
     )
+
+
+def schedule_shape(rows_per_microbatch: int, row_tokens: int) -> dict[str, int]:
+    """Arguments of Megatron's schedules: the shape of what a pipeline stage hands on."""
+    if current().one_long_row:
+        return {"seq_length": rows_per_microbatch * row_tokens, "micro_batch_size": 1}
+    return {"seq_length": row_tokens, "micro_batch_size": rows_per_microbatch}
 
 
 def response_hidden(
@@ -64,8 +75,8 @@ def response_hidden(
     """Hidden states at the positions that predict response tokens.
 
     Args:
-        hidden_states: [S, B, H] as a `GPTModel`'s decoder returns them, or [S / TP, B, H] with sequence
-            parallelism.
+        hidden_states: [S, B, H] as a `GPTModel`'s decoder returns them, or [B * S, 1, H] of one long row; with sequence
+            parallelism a rank's share of the first axis.
 
     Returns:
         [T, H]. The gradient that flows back is expected to be summed over the tensor-parallel group already.
@@ -74,6 +85,8 @@ def response_hidden(
         hidden_states = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=tensor_parallel_group
         )
+    if current().one_long_row:
+        return hidden_states[:, 0][batch.row_T * batch.tokens_BS.shape[1] + batch.column_T]
     return hidden_states.view(batch.tokens_BS.shape[1], batch.tokens_BS.shape[0], -1)[batch.column_T, batch.row_T]
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from megatron_sgopd import platform
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.fp8 import scorer_fields
 from megatron_sgopd.models.architecture import Architecture
 
 if TYPE_CHECKING:  # the command line makes flags here without the seconds that importing Megatron takes
@@ -141,13 +142,18 @@ def padded_vocab_size(architecture: Architecture, tensor: int, divisible_by: int
 
 
 def transformer_config(
-    architecture: Architecture, base: TransformerConfig, tensor: int, pipeline: int, expert: int = 1
+    architecture: Architecture,
+    base: TransformerConfig,
+    tensor: int,
+    pipeline: int,
+    expert: int = 1,
+    fp8_recipe: str | None = None,
 ) -> TransformerConfig:
     """`base`, the configuration of the run's student, changed to `architecture` for forward-only use.
 
     Precision, kernels and platform choices are the run's; shape, arithmetic and parallel sizes are the
-    architecture's and the arguments'. What the training loop hung onto `base` is dropped, and so is FP8,
-    whose noise in log-probs is of the size of what the sign gate reads.
+    architecture's and the arguments'. What the training loop hung onto `base` is dropped, and so is its FP8,
+    whose noise in log-probs is of the size of what the sign gate reads, unless `fp8_recipe` asks for it.
 
     Raises:
         ConfigError: the architecture does not split over `tensor` x `pipeline` ranks, or its experts over `expert`.
@@ -185,9 +191,24 @@ def transformer_config(
         finalize_model_grads_func=None,
         defer_embedding_wgrad_compute=False,
         recompute_granularity=None,
-        fp8=None,
-        fp8_param=False,
-        fp8_output_proj=False,
+        moe_layer_recompute=False,
+        tp_comm_overlap=False,
+        overlap_moe_expert_parallel_comm=False,
+        delay_wgrad_compute=False,
+        cpu_offloading=False,
+        fine_grained_activation_offloading=False,
+        # Packed rows differ in every microbatch.
+        cuda_graph_impl="none",
+        cuda_graph_modules=[],
+        context_parallel_size=1,
+        hybrid_context_parallel=False,
+        # Of its precision.
+        quant_recipe=None,
+        fp4=None,
+        fp4_param=False,
+        moe_router_padding_for_quantization=fp8_recipe is not None and architecture.num_experts > 0,
+        moe_router_padding_for_fp8=False,
+        **scorer_fields(fp8_recipe),
     )
 
 

@@ -15,8 +15,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sgopd.models.architecture import Architecture
+from megatron_sgopd.models.hosted import HostedWeights
 from megatron_sgopd.models.logprobs import OutputHead, target_logprobs, target_ranks
-from megatron_sgopd.models.microbatch import Microbatch, forward, microbatches, output_head, response_hidden
+from megatron_sgopd.models.microbatch import (
+    Microbatch,
+    forward,
+    microbatches,
+    output_head,
+    response_hidden,
+    schedule_shape,
+)
 from megatron_sgopd.models.provider import build_model, padded_vocab_size, transformer_config
 from megatron_sgopd.models.weights import load_weights
 from megatron_sgopd.platform import current
@@ -36,20 +44,24 @@ class Scorer:
         rows_per_microbatch: int,
         chunk_tokens: int,
         keeps_hidden: bool = False,
+        expert: int = 1,
+        fp8_recipe: str | None = None,
     ) -> None:
         """Build the model and read this rank's slices of its weights.
 
         Args:
             base: the run's configuration, for precision and kernels.
-            offload: keep the weights in host memory between calls.
+            offload: the weights' home is the host's memory; `hosted` must bring them in before `score`.
             keeps_hidden: keep the last hidden states of what this rank scored last, for `head`.
+            expert: ranks that share the experts of each layer.
+            fp8_recipe: one of Megatron's; None: the run's own precision.
 
         Raises:
-            ConfigError: the model does not split over `tensor` x `pipeline` ranks, or its files do not fit.
+            ConfigError: the model does not split over the ranks, or its files do not fit.
         """
         self._architecture = architecture
-        self._groups = _process_groups(tensor, pipeline)
-        self._config = transformer_config(architecture, base, tensor, pipeline)
+        self._groups = _process_groups(tensor, pipeline, expert)
+        self._config = transformer_config(architecture, base, tensor, pipeline, expert, fp8_recipe)
         self._first_stage = self._groups.pp.rank() == 0
         self._last_stage = self._groups.pp.rank() == pipeline - 1
         self._rows_per_microbatch = rows_per_microbatch
@@ -64,8 +76,8 @@ class Scorer:
         )
         model = model.to(self._config.params_dtype).requires_grad_(False).eval()
         load_weights(model, architecture, self._groups)
-        self._offload = offload
-        self._model = model if offload else model.to(current().device)
+        self.model = model.to("cpu" if offload else current().device)  # Transformer Engine builds on the device
+        self.hosted = HostedWeights(self.model) if offload else None
         self._keeps_hidden = keeps_hidden
         self._kept: dict[int, tuple[torch.Tensor, OutputHead]] = {}
         self.forwards = 0
@@ -91,8 +103,6 @@ class Scorer:
         """
         self.forwards += 1
         self._kept.clear()
-        if self._offload:
-            self._model.to(current().device)
         share = rows.rows // self.data_parallel_size
         start = share * self._groups.dp.rank()
         parts = microbatches(rows, start, start + share, self._rows_per_microbatch)
@@ -100,17 +110,14 @@ class Scorer:
         outputs = schedule(
             forward_step_func=self._forward_step(temperature, with_ranks),
             data_iterator=parts,
-            model=self._model,
+            model=self.model,
             num_microbatches=share // self._rows_per_microbatch,
-            seq_length=rows.tokens_RS.shape[1],
-            micro_batch_size=self._rows_per_microbatch,
+            **schedule_shape(self._rows_per_microbatch, rows.tokens_RS.shape[1]),
             forward_only=True,
             collect_non_loss_data=True,
             p2p_communicator=P2PCommunicator(self._groups.pp, self._config),
             pg_collection=self._groups,
         )
-        if self._offload:
-            self._model.to("cpu")
         # Ranks that hold no result add zeros: one all-reduce. float32 holds every rank up to 2^24 exactly.
         found_KT = torch.zeros(1 + with_ranks, rows.offsets_R1[-1], dtype=torch.float32, device=current().device)
         if self._last_stage and self._groups.tp.rank() == 0:
@@ -150,11 +157,15 @@ class Scorer:
         return forward_step
 
 
-def _process_groups(tensor: int, pipeline: int) -> ProcessGroupCollection:
+def _process_groups(tensor: int, pipeline: int, expert: int) -> ProcessGroupCollection:
     """The training groups where the layout is theirs, else groups of its own over all ranks."""
-    training = (mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size())
-    if (tensor, pipeline) == training:
+    training = (
+        mpu.get_tensor_model_parallel_world_size(),
+        mpu.get_pipeline_model_parallel_world_size(),
+        mpu.get_expert_model_parallel_world_size(),
+    )
+    if (tensor, pipeline, expert) == training:
         return ProcessGroupCollection.use_mpu_process_groups()
     return build_inference_pg_collection(
-        dist.get_world_size(), tp_size=tensor, pp_size=pipeline, cp_size=1, ep_size=1, expt_tp_size=tensor
+        dist.get_world_size(), tp_size=tensor, pp_size=pipeline, cp_size=1, ep_size=expert, expt_tp_size=tensor
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ class Platform(abc.ABC):
     """Whether the teacher's rollout engine may live beside the student's in one process."""
     saves_in_background: ClassVar[bool]
     """Whether Megatron can save a checkpoint while training goes on."""
+    planned_as: ClassVar[str]
+    """The device of cluster/hardware.json whose layers and engine are this platform's."""
+    one_long_row: ClassVar[bool]
+    """Whether the rows of a microbatch pass through the model as one, [1, B * S], told apart by `packed_attention`."""
 
     @abc.abstractmethod
     def install(self) -> None:
@@ -37,6 +43,22 @@ class Platform(abc.ABC):
         """Bytes of that device's memory in use."""
 
     @abc.abstractmethod
+    def reset_peak_memory(self) -> None:
+        """From now on `peak_memory` says what was in use at most."""
+
+    @abc.abstractmethod
+    def peak_memory(self) -> int:
+        """Bytes of the device's memory that this process had in use at most."""
+
+    @abc.abstractmethod
+    def copying(self) -> contextlib.AbstractContextManager[None]:
+        """Copies from the host that the body begins go on beside what the device computes."""
+
+    @abc.abstractmethod
+    def wait_for_copies(self, copies: Sequence[torch.Tensor]) -> None:
+        """What the device computes from now on waits for them."""
+
+    @abc.abstractmethod
     def layer_spec(self, config: TransformerConfig) -> ModuleSpec:
         """The decoder layers that a `GPTModel` of this configuration is built from."""
 
@@ -45,13 +67,34 @@ class Platform(abc.ABC):
         """Arguments of `GPTModel.forward` that keep packed sequences apart.
 
         Args:
-            segment_ids_BS: int tensor [rows, seq_length]; tokens attend only to earlier tokens with the
-                same number. Numbers rise along a row.
+            segment_ids_BS: int tensor [rows, seq_length] on the host; tokens attend only to earlier tokens of their row
+                with the same number. Numbers rise along a row.
         """
 
     @abc.abstractmethod
-    def engine_options(self, memory_fraction: float, cache_bytes: int) -> dict[str, Any]:
-        """Arguments of `vllm.LLM` that depend on the platform."""
+    def engine_options(
+        self, memory_fraction: float, cache_bytes: int, quantization: str | None = None
+    ) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` that depend on the platform.
+
+        Args:
+            quantization: `per_tensor` or `per_block`: FP8 weights, made by vLLM of those that it is given.
+
+        Raises:
+            ConfigError: this platform has no FP8.
+        """
+
+    @abc.abstractmethod
+    def check_fp8(self, recipe: str) -> None:
+        """Check that layers can multiply in FP8 by one of Megatron's recipes.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+
+    @abc.abstractmethod
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in the host's memory from which the device can fetch while it computes."""
 
     @staticmethod
     @abc.abstractmethod

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.platform.base import Platform
 
 CPU = torch.device("cpu")
@@ -28,6 +30,8 @@ class CpuPlatform(Platform):
     name = "cpu"
     several_engines = True
     saves_in_background = False
+    planned_as = "cpu-core"
+    one_long_row = False
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asserts it with tensor parallelism
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile inside vLLM's sampler fails under the device redirection
@@ -64,6 +68,19 @@ class CpuPlatform(Platform):
     def memory_used(self) -> int:
         return psutil.Process().memory_info().rss
 
+    def reset_peak_memory(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_memory(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    def copying(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def wait_for_copies(self, copies: Sequence[torch.Tensor]) -> None:
+        """They are the host's own tensors."""
+
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -82,7 +99,17 @@ class CpuPlatform(Platform):
         causal_SS = torch.ones(length, length, dtype=torch.bool).tril_()
         return {"attention_mask": ~(same_BSS & causal_SS)[:, None], "packed_seq_params": None}
 
-    def engine_options(self, memory_fraction: float, cache_bytes: int) -> dict[str, Any]:
+    def check_fp8(self, recipe: str) -> None:
+        raise ConfigError(f"FP8 recipe {recipe} needs a GPU and Transformer Engine: leave it out on the CPU platform")
+
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor  # it is there
+
+    def engine_options(
+        self, memory_fraction: float, cache_bytes: int, quantization: str | None = None
+    ) -> dict[str, Any]:
+        if quantization is not None:
+            raise ConfigError(f"fp8.rollouts={quantization} needs a GPU: leave it out on the CPU platform")
         return {
             "enforce_eager": True,
             "kv_cache_memory_bytes": cache_bytes,

@@ -23,12 +23,19 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, folder: str | Path, settings: RolloutSettings, max_tokens: int, seed: int, keeps_weights: bool = False
+        self,
+        folder: str | Path,
+        settings: RolloutSettings,
+        max_tokens: int,
+        seed: int,
+        keeps_weights: bool = False,
+        quantization: str | None = None,
     ) -> None:
         """Load the model in `folder` (Hugging Face format); prompt and response share `max_tokens`.
 
         Args:
             keeps_weights: while it sleeps, in host memory; else they must be loaded anew after each sleep.
+            quantization: `per_tensor` or `per_block`, FP8 weights; those that it is given stay BF16.
         """
         from vllm import LLM
 
@@ -49,7 +56,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             trust_remote_code=False,
             seed=seed & 0x7FFFFFFF,
-            **current().engine_options(settings.memory_fraction, int(settings.cache_gib * 2**30)),
+            **current().engine_options(settings.memory_fraction, int(settings.cache_gib * 2**30), quantization),
         )
 
     def generate(
@@ -96,15 +103,22 @@ class RolloutEngine:
         self._llm.reset_prefix_cache()
         self.weight_version += 1
 
-    def sleep(self) -> None:
+    def fetch(self, part: str) -> None:
+        """Take memory for the `weights` before a sync, or for the `kv_cache` before generating."""
+        if self._sleeps:
+            self._llm.wake_up(tags=[part])
+
+    def ready(self) -> None:
+        """Nothing: vLLM wakes up before it returns."""
+
+    def release(self) -> None:
         """Give the device's memory to training (a no-op where the platform has no sleep mode)."""
-        if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+        if self._sleeps:
             self._llm.sleep(level=self._sleep_level)
 
-    def wake(self, tags: list[str]) -> None:
-        """Take memory back: `weights` before a sync, `kv_cache` before generating."""
-        if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-            self._llm.wake_up(tags=tags)
+    @property
+    def _sleeps(self) -> bool:
+        return self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode
 
     def close(self) -> None:
         """Release the engine's memory; the process may build another engine afterwards."""

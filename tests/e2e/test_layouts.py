@@ -11,7 +11,8 @@ from .conftest import STUDENT, TEACHER, Finished, succeed
 LAYOUTS = {
     "one rank": {"parallel.ranks": 1, "parallel.tensor": 1},
     "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2, "teacher.tensor_parallel": 1, "teacher.pipeline_parallel": 2},
-    "PP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.pipeline": 2, "teacher.tensor_parallel": 1},
+    "PP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.pipeline": 2, "teacher.tensor_parallel": 1}
+    | {"teacher.offload": True},
     "TP 2 x PP 2": {"parallel.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2},
     "DP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "teacher.tensor_parallel": 2},
 }

@@ -28,7 +28,7 @@ def main() -> int:
 
 
 def _ask_to_stop(one: Soak, number: int) -> None:
-    """In turn by a signal to the ranks in a stage that none was received in yet, and at a random moment as Slurm does."""
+    """In turn by a signal to the ranks, in a stage that was not hit yet, and at a random moment as Slurm does."""
     one.wait_for("train")
     time.sleep(2 * one.random.random())
     if number % 2:

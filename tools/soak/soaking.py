@@ -26,7 +26,7 @@ from tests.slurm.cluster import Cluster, running, wait_until  # noqa: E402
 
 RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
 STAGES = ("sync", "generate", "verify", "teacher", "reference", "train", "record", "save")
-_TIMES = {"seconds", "stage_seconds", "unexplained_share", "tokens_per_second", "memory_mib"}
+_TIMES = {"seconds", "stage_seconds", "unexplained_share", "tokens_per_second", "memory_mib", "phase_memory_mib"}
 """Of metrics that depend on when, not on what."""
 _COUNTS = {"teacher_forwards", "reference_forwards", "weight_version"}
 """Of the attempt, not of the run."""
