@@ -14,7 +14,7 @@ from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.config import Settings, parse_flags
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.output import EXIT_STOPPED, Result, claimed, reporting_errors, run_folder
-from megatron_sgopd.processes import die_with_parent, die_with_rank, hold_stop_signals, is_first_rank, rendezvous
+from megatron_sgopd.processes import begin_rank, die_with_rank, hold_stop_signals, is_first_rank, rendezvous
 
 
 def main(prepare: Callable[[], None] = lambda: None) -> int:
@@ -23,7 +23,7 @@ def main(prepare: Callable[[], None] = lambda: None) -> int:
     Args:
         prepare: called by the first rank once the run folder is its own.
     """
-    die_with_parent()
+    begin_rank()
     hold_stop_signals()  # one that arrives while the libraries load is found when the run listens
     settings, _ = parse_flags(sys.argv[1:])
     run_dir = run_folder(settings)

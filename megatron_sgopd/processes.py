@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
+
 from megatron_sgopd.errors import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
 _PR_SET_PDEATHSIG = 1
+_RANK_PID = "SGOPD_RANK_PID"
 _LONGEST_START = timedelta(minutes=30)
 """From the first rank's start to the last one's."""
 
@@ -35,13 +38,30 @@ def hold_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def begin_rank() -> None:
+    """In a rank: end with the launcher, and let those that it starts by `multiprocessing` know it."""
+    die_with_parent()
+    os.environ[_RANK_PID] = str(os.getpid())
+
+
 def die_with_rank() -> None:
     """In a process that a rank has started by `multiprocessing`, as Megatron does to save: end when the rank does.
 
-    Such a process imports the rank's main module. Call it there.
+    Such a process imports the rank's main module before it is told anything. Call it there.
     """
-    if multiprocessing.parent_process() is not None:
-        die_with_parent()
+    if multiprocessing.current_process().name == "MainProcess":
+        return
+    die_with_parent()
+    rank = os.environ.get(_RANK_PID)
+    if rank is not None and not _is_running(int(rank)):  # killed since, of which the kernel says nothing any more
+        os._exit(1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
@@ -51,7 +71,7 @@ def joined_ranks() -> Iterator[int]:
 
     adopt_slurm_ranks()
     if "RANK" in os.environ:
-        die_with_parent()
+        begin_rank()
         dist.init_process_group(
             store=rendezvous(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
         )
