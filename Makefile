@@ -1,4 +1,4 @@
-.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps lint setup models compare
+.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu lint setup setup-gpu models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -23,6 +23,17 @@ test-slurm: setup  ## on a real Slurm of two nodes on this machine; the short on
 slurm-deps:  ## Debian's Slurm and shellcheck, for test-slurm
 	apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
+test-te: setup .te/requirements.txt  ## models of Transformer Engine's layers, without a GPU: structure, no numerics
+	PYTHONPATH=.te OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/te
+
+.te/requirements.txt: requirements/te.txt | setup  # beside .venv, since the other tests must not see it
+	rm -rf .te .te.part
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --target .te.part --requirements requirements/te.txt
+	cp requirements/te.txt .te.part/requirements.txt && mv .te.part .te && touch .te/requirements.txt
+
+test-gpu: setup-gpu  ## everything that takes a GPU; nothing of it has been run yet
+	.venv-cuda/bin/python -m pytest tests/gpu -m "long or not long"
+
 lint: setup  ## style and types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
@@ -41,3 +52,6 @@ models: setup  ## train the examples' teachers and students again
 
 setup:  ## .venv with everything pinned; does nothing if it is current
 	@tools/setup.sh
+
+setup-gpu:  ## .venv-cuda with everything pinned and Transformer Engine compiled; needs a CUDA toolkit, not run yet
+	@tools/setup.sh cuda

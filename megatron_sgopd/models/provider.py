@@ -257,7 +257,8 @@ def rotary_frequencies(architecture: Architecture) -> torch.Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = AutoConfig.from_pretrained(architecture.folder, local_files_only=True)
-    frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[architecture.rope_type](config, torch.device("cpu"))
+    with torch.device("cpu"):  # also where the default is another, such as meta
+        frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[architecture.rope_type](config, torch.device("cpu"))
     assert attention_scaling == 1.0, architecture.rope_type
     return frequencies
 

@@ -1,0 +1,88 @@
+"""FP8 is refused before anything is loaded where it would fail, or where Megatron would silently leave it out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgopd.config import Recipe
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.fp8 import check_device, check_fp8, training_flags
+from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.recipe import load_recipe
+
+EXAMPLE = Path(__file__).parents[2] / "examples/llama31_70b_to_8b"
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Architecture, Architecture]:
+    return tuple(read_architecture(EXAMPLE / "configs" / name, with_weights=False) for name in ("student", "teacher"))
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe(EXAMPLE / "recipe.yaml", changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["fp8.format=hybrid"],
+        ["fp8.format=e4m3", "fp8.recipe=blockwise", "fp8.teacher=blockwise", "fp8.rollouts=per_block"],
+        ["fp8.format=hybrid", "fp8.recipe=delayed", "parallel.tensor=8"],
+        ["fp8.format=hybrid", "fp8.first_last_layers_bf16=true"],
+    ],
+)
+def test_what_can_run_is_accepted(models: tuple[Architecture, Architecture], changes: list[str]) -> None:
+    check_fp8(recipe(*changes), *models)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["fp8.format=hybrid", "platform=cpu"], "fp8.format=hybrid needs a GPU and Transformer Engine"),
+        (["fp8.rollouts=per_tensor", "platform=cpu"], "fp8.rollouts=per_tensor needs a GPU"),
+        (
+            ["fp8.format=hybrid", "fp8.recipe=delayed", "fp8.first_last_layers_bf16=true"],
+            "take tensorwise or blockwise",
+        ),
+        (["fp8.format=hybrid", "train.row_tokens=4100"], "a multiple of 32 tokens, but .* is 4100: let it be 4128"),
+        (["fp8.format=hybrid", "train.row_tokens=4112", "parallel.sequence=false", "fp8.recipe=blockwise"], "be 4224"),
+        (["fp8.teacher=tensorwise", "train.row_tokens=4104"], "fp8.teacher .* a multiple of 16 tokens"),
+    ],
+)
+def test_what_cannot_is_refused_with_the_mend(
+    models: tuple[Architecture, Architecture], changes: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_fp8(recipe(*changes), *models)
+
+
+def test_sizes_that_tensor_parallelism_leaves_too_odd_are_refused(tiny_models: dict[str, Path]) -> None:
+    tiny = read_architecture(tiny_models["qwen2"])  # 96 / 4 = 24 rows of an MLP's weight on a rank
+    with pytest.raises(ConfigError, match=r"tensor parallel size 4 intermediate size / TP of .* is 24"):
+        check_fp8(recipe("fp8.format=hybrid", "parallel.tensor=4"), tiny, tiny)
+
+
+@pytest.mark.parametrize("setting", ["fp8.recipe=mxfp8", "fp8.teacher=delayed", "fp8.format=e5m2"])
+def test_names_that_do_not_fit_the_place_are_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        recipe(setting)
+
+
+def test_a_gpu_without_the_arithmetic_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mxfp8 needs compute capability \(10, 0\), and this GPU has \(9, 0\)"):
+        check_device("mxfp8", (9, 0))
+    with pytest.raises(ConfigError, match=r"tensorwise needs compute capability \(8, 9\)"):
+        check_device("tensorwise", (8, 0))
+
+
+def test_a_transformer_engine_that_does_not_load_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Transformer Engine, which Megatron could not import"):
+        check_device("tensorwise", (9, 0))
+
+
+def test_delayed_scales_look_at_more_than_megatrons_one_step() -> None:
+    flags: dict[str, Any] = {name: value for name, (value, _) in training_flags(recipe("fp8.format=hybrid")).items()}
+    assert flags["fp8-recipe"] == "tensorwise" and flags["fp8-amax-history-len"] is None
+    delayed = training_flags(recipe("fp8.format=hybrid", "fp8.recipe=delayed"))
+    assert delayed["fp8-amax-history-len"][0] == 1024 and delayed["fp8-amax-compute-algo"][0] == "max"
