@@ -57,7 +57,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     for architecture in (student, teacher):
         check_conversion(architecture.folder)
     _check_lengths(settings, student, teacher, row_tokens)
-    tokenizer = _common_tokenizer(settings)
+    tokenizer = common_tokenizer(settings)
     heldout: Sequence[Prompt] = ()
     if settings.data.heldout is not None:
         heldout = load_prompts(_limited(settings.data.heldout, settings, row_tokens), tokenizer)
@@ -164,8 +164,12 @@ def _check_lengths(settings: Settings, student: Architecture, teacher: Architect
             )
 
 
-def _common_tokenizer(settings: Settings) -> Any:
-    """The student's tokenizer, which must map the same text to the same ids as the teacher's."""
+def common_tokenizer(settings: Settings) -> Any:
+    """The student's tokenizer, which must map the same text to the same ids as the teacher's.
+
+    Raises:
+        ConfigError: it does not.
+    """
     student, teacher = (load_tokenizer(path) for path in (settings.model.path, settings.teacher.path))
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:

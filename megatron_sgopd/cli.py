@@ -18,13 +18,14 @@ from megatron_sgopd import __version__
 from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.checkpoint.completeness import newest_step
-from megatron_sgopd.cluster.command import add_command as add_plan
+from megatron_sgopd.cluster.command import add_commands as add_planning
 from megatron_sgopd.compare.command import add_command as add_compare
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
+from megatron_sgopd.precision.command import add_command as add_noise_floor
 from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent, die_with_rank, hold_stop_signals
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
@@ -82,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add_teacher_rollouts(commands)
     add_eval(commands)
     add_compare(commands)
-    add_plan(commands)
+    add_planning(commands)
+    add_noise_floor(commands)
     add_report(commands)
     add_status(commands)
     add_requeue(commands)

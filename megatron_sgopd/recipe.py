@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import yaml
 
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout
+from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout, method_of
+from megatron_sgopd.cluster.hardware import device
+from megatron_sgopd.cluster.plan import planner_of, setup_of
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_fp8, training_flags
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import parameter_count
 from megatron_sgopd.monitor.output import METRICS
+from megatron_sgopd.platform import gpu_memory
+from megatron_sgopd.platform.cuda import CudaPlatform
 
 RESOLVED = "recipe.yaml"
 _FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "private", "platform"})
@@ -81,8 +86,24 @@ def check_recipe(recipe: Recipe) -> Inputs:
     check_layout(recipe, inputs.student, inputs.teacher)
     check_fp8(recipe, inputs.student, inputs.teacher)
     megatron_arguments(recipe, inputs)
+    check_memory(recipe)
     check_disk(Path(recipe.run_dir), parameter_count(inputs.student), recipe.train.precision)
     return inputs
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Every phase of a step fits this machine's GPUs, as the planner reckons; nothing is said where there are none.
+
+    Raises:
+        ConfigError: naming the phase that does not fit, what it needs, and the mend.
+    """
+    nbytes = gpu_memory() if recipe.platform != "cpu" else None
+    if nbytes is None:
+        return
+    kind = dataclasses.replace(device(CudaPlatform.planned_as), memory=nbytes)
+    plan = planner_of(recipe, method_of(recipe), kind).judge(setup_of(recipe))
+    if plan.problems:
+        raise ConfigError(f"{plan.worst_problem}. `megatron-sgopd plan` proposes layouts that fit")
 
 
 def check_run_dir(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""`megatron-sgopd plan`: what fits where, and how long it takes."""
+"""`megatron-sgopd plan`: what fits where, and how long it takes. `megatron-sgopd doctor`: what is wrong here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sgopd.arguments import add_set
 from megatron_sgopd.errors import ConfigError
@@ -22,8 +23,45 @@ _GIB = 1 << 30
 _BEST = 3
 
 
-def add_command(commands: Any) -> None:
-    """Add the command to the command line."""
+def add_commands(commands: Any) -> None:
+    """Add both commands to the command line."""
+    _add_plan(commands)
+    _add_doctor(commands)
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="check this machine, and a recipe on it",
+        description="Check versions, devices, kernels, a product, a collective, limits, the locale and the rendezvous; "
+        "with RECIPE also models, tokenizers, prompts, layout, memory, storage, checkpoints and Slurm's variables, and "
+        "let the student generate one token. Exit code 1 if anything is red.",
+        epilog="Example: megatron-sgopd doctor examples/arithmetic_cpu/recipe.yaml",
+    )
+    command.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; see examples/")
+    add_set(command)
+    command.add_argument("--no-generate", action="store_true", help="leave out the token, which loads the student")
+    command.add_argument("--json", action="store_true", help="one JSON object a line for each finding")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatron_sgopd.cluster.doctor import examine
+    from megatron_sgopd.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set) if arguments.recipe else None
+    console, worst = Console(highlight=False, soft_wrap=True), 0
+    for finding in examine(recipe, generate=not arguments.no_generate):
+        worst |= finding.level == "red"
+        if arguments.json:
+            print(json.dumps(asdict(finding)), flush=True)
+        else:
+            mark = {"green": "ok  ", "yellow": "look", "red": "BAD "}[finding.level]
+            console.print(Text.assemble((mark, finding.level), f" {finding.check:12} {finding.said}"))
+    return worst
+
+
+def _add_plan(commands: Any) -> None:
     command = commands.add_parser(
         "plan",
         help="say what memory and time a recipe takes on how many GPUs, and which layout is best",

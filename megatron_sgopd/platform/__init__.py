@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.platform.base import Platform
 
-__all__ = ["Platform", "current", "select"]
+__all__ = ["Platform", "current", "gpu_memory", "select"]
 
 _current: Platform | None = None
 
@@ -52,3 +52,10 @@ def current() -> Platform:
     """The installed platform."""
     assert _current is not None, "megatron_sgopd.platform.select() has not been called"
     return _current
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this machine's first GPU; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.device_count() else None
