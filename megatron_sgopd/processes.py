@@ -21,6 +21,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
 _PR_SET_PDEATHSIG = 1
 _RANK_PID = "SGOPD_RANK_PID"
+_FIRST_PARENT = os.getppid()
+"""As this process begins, seconds before its libraries are loaded."""
 _LONGEST_START = timedelta(minutes=30)
 """From the first rank's start to the last one's."""
 
@@ -41,6 +43,8 @@ def hold_stop_signals() -> None:
 def begin_rank() -> None:
     """In a rank: end with the launcher, and let those that it starts by `multiprocessing` know it."""
     die_with_parent()
+    if os.getppid() != _FIRST_PARENT:  # killed since, of which the kernel says nothing any more
+        os._exit(1)
     os.environ[_RANK_PID] = str(os.getpid())
 
 

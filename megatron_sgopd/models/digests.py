@@ -2,57 +2,78 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-_CHUNK = 1 << 20  # elements hashed at a time: 8 MiB of int64 for each of two temporaries
-DIGEST_MASK = (1 << 64) - 1
+_CHUNK = 1 << 18
+"""Elements at a time: their products stay in a core's cache."""
+_ROWS, _COLUMNS = 1, 2
+"""Summands that keep their numbers apart: twice an index and the first is odd, with the second even, and never 0."""
 
 
 def tensor_digest(tensor: torch.Tensor) -> int:
-    """A 64-bit digest of a tensor's bits and their order: equal tensors of one dtype have equal digests,
-    and others the same one with a chance of about 2^-64.
+    """A 64-bit digest of a tensor's bits and their order: equal tensors of one dtype have equal digests.
 
-    digest = sum over i of mix((i + 1) 2^32 + bits_i) mod 2^64, mix being the bijective finalizer of
-    SplitMix64 (Steele, Lea and Flood, 2014), i the flat index: a sum over parts is the digest of the whole.
+    With x_ij a number made of the bits of row i and column j (all axes but the first),
+
+        half_k = sum_i a_ki sum_j b_kj (x_ij + 1)  mod 2^32,   k = 1, 2
+
+    where a and b are odd pseudo-random numbers, from SplitMix64's finalizer (Steele, Lea and Flood, 2014) of 2 i + 1
+    and 2 j + 2, and x are 16 bits as they are, or u xor (u >> 16) for 32 bits u, since a linear form mod 2^32 hardly
+    sees the highest bits. A change of one element always shows, since its product with odd numbers is not 0; several
+    are missed with a chance of 2^-34 at most. Sums over parts are the whole's.
     """
-    return slab_digest(tensor, tuple(tensor.shape), axis=0, start=0)
+    return digest_of(grouped_digest(tensor[None], tuple(tensor.shape), axis=0, start=0).tolist())
 
 
-def slab_digest(slab: torch.Tensor, shape: Sequence[int], axis: int, start: int) -> int:
-    """The part of `tensor_digest` that belongs to `tensor[start:...]` along `axis` (0 or 1), where `tensor`
-    has shape `shape`: modulo 2^64, the digests of slabs that tile a tensor add up to its own."""
-    return int(grouped_digest(slab[None], shape, axis, start)) & DIGEST_MASK
+def digest_of(halves: Iterable[int]) -> int:
+    """The digest whose halves these are, or sums of such halves over parts of a tensor."""
+    first, second = (half & 0xFFFFFFFF for half in halves)
+    return first << 32 | second
 
 
 def grouped_digest(grouped: torch.Tensor, shape: Sequence[int], axis: int, start: int) -> torch.Tensor:
-    """Digest of a slab seen as [groups, rows, *rest], int64 scalar on the slab's device."""
-    assert math.prod(shape) < 1 << 32, "indices of larger tensors do not fit the digest"
-    width = math.prod(shape[1:])
+    """What a slab, seen as [groups, rows, *rest], adds to the halves of its tensor's digest: int64 [2] on its device.
+
+    Args:
+        shape: of the whole tensor.
+        axis: 0 or 1, along which the slab begins at `start`.
+    """
+    assert len(shape) < 3 or axis == 0, "columns are counted over all axes but the first"
     first_row, first_column = (start, 0) if axis == 0 else (0, start)
-    total = torch.zeros((), dtype=torch.int64, device=grouped.device)
+    halves = torch.zeros(2, dtype=torch.int64, device=grouped.device)
     for group, rows in enumerate(grouped.detach()):
         if not rows.numel():
             continue
         matrix = rows.reshape(rows.shape[0], -1)
-        columns = torch.arange(matrix.shape[1], device=grouped.device) + (first_column + 1)
-        step = max(1, _CHUNK // matrix.shape[1])
-        for begin in range(0, matrix.shape[0], step):
-            chunk = matrix[begin : begin + step]
-            numbers = torch.arange(begin, begin + chunk.shape[0], device=grouped.device)
-            numbers += first_row + group * matrix.shape[0]
-            hashes = (numbers[:, None] * width + columns) << 32
-            hashes |= _bits(chunk)
-            total += _mix(hashes).sum()
-    return total
+        height, width = matrix.shape
+        columns_2C = _odd_numbers(_COLUMNS, first_column, width, grouped.device)
+        ones_2 = columns_2C.sum(1, dtype=torch.int32)
+        rows_2R = _odd_numbers(_ROWS, first_row + group * height, height, grouped.device)
+        step = max(1, _CHUNK // width)
+        products = torch.empty(min(step, height), width, dtype=torch.int32, device=grouped.device)
+        for begin in range(0, height, step):
+            bits = _bits(matrix[begin : begin + step])
+            for half in range(2):
+                torch.mul(bits, columns_2C[half], out=products[: len(bits)])
+                sums = products[: len(bits)].sum(1, dtype=torch.int32).add_(ones_2[half])
+                halves[half] += (sums * rows_2R[half, begin : begin + step]).sum(dtype=torch.int32)
+    return halves
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of 16- or 32-bit numbers as int64 in [0, 2^32)."""
-    signed = {2: torch.int16, 4: torch.int32}[values.dtype.itemsize]
-    return values.view(signed).to(torch.int64).bitwise_and_((1 << 8 * values.dtype.itemsize) - 1)
+    """x of 16- or 32-bit numbers: int32."""
+    if values.dtype.itemsize == 4:
+        bits = values.view(torch.int32)
+        return (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
+    return values.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def _odd_numbers(kind: int, first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Two pseudo-random odd numbers for each index of a kind from `first` on, int32 [2, count]."""
+    mixed = _mix((torch.arange(first, first + count, dtype=torch.int64, device=device) << 1) + kind)
+    return torch.stack([mixed, mixed >> 32]).to(torch.int32).bitwise_or_(1)
 
 
 def _mix(numbers: torch.Tensor) -> torch.Tensor:

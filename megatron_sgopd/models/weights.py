@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import Architecture
-from megatron_sgopd.models.digests import DIGEST_MASK, grouped_digest
+from megatron_sgopd.models.digests import digest_of, grouped_digest
 from megatron_sgopd.models.families.base import Layout
 from megatron_sgopd.models.huggingface import HuggingFaceWeights
 from megatron_sgopd.models.weight_map import Parameter, owned_parameters, parameters
@@ -227,7 +227,7 @@ def shard_digests(model: GPTModel, architecture: Architecture, groups: ProcessGr
     """
     held = _bind(model, architecture, groups)
     owned = owned_parameters(architecture)
-    found: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
     for of_experts, reduced in ((False, (groups.tp, groups.pp)), (True, (groups.expt_tp, groups.ep, groups.pp))):
         members = [parameter for parameter in owned if (parameter.expert is not None) is of_experts]
         if members:
@@ -241,14 +241,14 @@ def shard_digests(model: GPTModel, architecture: Architecture, groups: ProcessGr
                 if group.size() > 1:
                     dist.all_reduce(total, group=group)
             found |= zip(parts, total.tolist(), strict=True)
-    return {piece.name: found[piece.name] & DIGEST_MASK for parameter in owned for piece in parameter.pieces}
+    return {piece.name: digest_of(found[piece.name]) for parameter in owned for piece in parameter.pieces}
 
 
 def _digest_parts(
     parameter: Parameter, weight: torch.Tensor | None, group: dist.ProcessGroup, model: GPTModel
 ) -> dict[str, torch.Tensor]:
-    """What this rank adds to the digest of each of a parameter's pieces, int64 scalars."""
-    nothing = torch.zeros((), dtype=torch.int64, device=_device(model))
+    """What this rank adds to the halves of the digest of each of a parameter's pieces, int64 [2]."""
+    nothing = torch.zeros(2, dtype=torch.int64, device=_device(model))
     if weight is None or (group.rank() > 0 and parameter.layout is Layout.REPLICATED):
         return {piece.name: nothing for piece in parameter.pieces}
     return {

@@ -87,3 +87,34 @@ def test_a_process_that_a_rank_started_ends_when_the_rank_is_killed(tmp_path: Pa
     rank.wait()
     psutil.wait_procs([child], timeout=20)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+LATE_RANK = """\
+import sys, time
+
+from megatron_sgopd.processes import begin_rank
+
+open(sys.argv[1], "w").write("loading")
+time.sleep(2)
+begin_rank()
+open(sys.argv[1], "w").write("begun")
+time.sleep(60)
+"""
+
+
+def test_a_rank_whose_launcher_was_killed_while_it_loaded_its_libraries_ends(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(LATE_RANK)
+    state = tmp_path / "state"
+    command = [sys.executable, str(tmp_path / "rank.py"), str(state)]
+    code = f"import subprocess, time; subprocess.Popen({command!r}); time.sleep(60)"
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while not (state.is_file() and state.read_text() == "loading"):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    (rank,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([rank], timeout=20)
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+    assert state.read_text() == "loading"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from megatron_sgopd.models.architecture import Architecture, read_architecture
-from megatron_sgopd.models.digests import slab_digest, tensor_digest
+from megatron_sgopd.models.digests import digest_of, grouped_digest, tensor_digest
 from megatron_sgopd.models.families import FAMILIES
 from megatron_sgopd.models.families.base import Layout
 from megatron_sgopd.models.weight_map import (
@@ -164,12 +164,12 @@ def test_digests_of_slabs_add_up_to_the_tensor_digest(layout: tuple[Architecture
     for parameter in parameters(architecture):
         for index, piece in enumerate(_numbered(parameter)):
             weight = piece.to(torch.float32)
-            total = 0
+            total = torch.zeros(2, dtype=torch.int64)
             for rank in range(1 if parameter.layout is Layout.REPLICATED else tensor):
                 slab = parameter.slabs(rank, tensor, padded_vocab_size)[index]
                 span = weight.narrow(slab.axis, slab.start, slab.stop - slab.start)
-                total += slab_digest(span, weight.shape, slab.axis, slab.start)
-            assert total % (1 << 64) == tensor_digest(weight)
+                total += grouped_digest(span[None], weight.shape, slab.axis, slab.start)
+            assert digest_of(total.tolist()) == tensor_digest(weight)
 
 
 def test_query_groups_lie_in_megatrons_order() -> None:
@@ -218,7 +218,8 @@ def test_every_change_of_bits_or_order_changes_the_digest(dtype: torch.dtype) ->
     digests.add(tensor_digest(weight[:-1]))
     negative_zero = torch.zeros_like(weight).neg()
     digests.add(tensor_digest(negative_zero))
-    assert len(digests) == 2 + 12 * 8 * dtype.itemsize + 4
+    digests.add(tensor_digest(torch.zeros_like(weight)[:-1]))
+    assert len(digests) == 2 + 12 * 8 * dtype.itemsize + 5
 
 
 def test_the_digest_does_not_depend_on_how_the_tensor_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +237,27 @@ def test_the_digest_is_the_documented_formula() -> None:
         number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
         return number ^ number >> 31
 
-    bits = [0x3F800000, 0xC0000000]  # 1.0 and -2.0
-    expected = sum(mix((index + 1 << 32) + word) for index, word in enumerate(bits)) % 2**64
-    assert tensor_digest(torch.tensor([1.0, -2.0])) == expected
+    def numbers(index: int) -> tuple[int, int]:
+        mixed = mix(index)
+        return mixed % 2**32 | 1, mixed >> 32 | 1
+
+    bits = [0x3F800000, 0xC0000000]  # 1.0 and -2.0, in two rows of one column
+    halves = [
+        sum(numbers(2 * row + 1)[k] * numbers(2)[k] * ((word ^ word >> 16) + 1) for row, word in enumerate(bits))
+        % 2**32
+        for k in range(2)
+    ]
+    assert tensor_digest(torch.tensor([1.0, -2.0])) == halves[0] << 32 | halves[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_that_change_in_pairs_show(dtype: torch.dtype) -> None:
+    # In a linear form mod 2^32 alone, two changes of the highest bit would cancel.
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    digests = {tensor_digest(weight)}
+    for first in range(64):
+        for second in range(first):
+            changed = weight.flatten().clone()
+            changed[[first, second]] *= -1
+            digests.add(tensor_digest(changed.view(8, 8)))
+    assert len(digests) == 1 + 64 * 63 // 2

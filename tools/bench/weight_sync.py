@@ -1,0 +1,102 @@
+""".venv/bin/python tools/bench/weight_sync.py [--layers 12] [--json]
+
+A weight sync of a model of half a gigabyte and more, digests on both sides and vLLM's own loading included, against a
+copy of as many bytes in memory. One process, float32.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from reporting import Figure, parser, report
+
+if TYPE_CHECKING:
+    import torch
+
+REPETITIONS = 5
+_BUCKET = 256 << 20
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=12)
+    options = arguments.parse_args()
+    from megatron_sgopd.platform import select
+
+    select("cpu")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29556")
+    from megatron_models import each_layout
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=16000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    )
+    with tempfile.TemporaryDirectory() as root:
+        Qwen3ForCausalLM(config).save_pretrained(root)
+        for _ in each_layout(((1, 1, 1),)):
+            took, nbytes = measure(root)
+    seconds = {name: statistics.median(values) for name, values in took.items()}
+    figures = [
+        Figure("weights", nbytes / 1e6, "MB"),
+        Figure("bandwidth of a sync over a copy's", seconds["copy"] / seconds["sync"], "", 1.0, at_least=0.6),
+        *(Figure(name, nbytes / value / 1e9, "GB/s") for name, value in seconds.items()),
+    ]
+    return report("weight_sync", figures, options.json)
+
+
+def measure(folder: str) -> tuple[dict[str, list[float]], int]:
+    """Seconds of a sync, of its parts and of a copy, in turns; bytes of the weights."""
+    import torch
+    from megatron_models import build, process_groups
+
+    from megatron_sgopd.config import RolloutSettings
+    from megatron_sgopd.models.architecture import read_architecture
+    from megatron_sgopd.models.weights import export_weights, load_weights, shard_digests
+    from megatron_sgopd.rollout.engine import RolloutEngine
+    from megatron_sgopd.rollout.weight_sync import sync_weights
+
+    architecture = read_architecture(folder)
+    model, groups = build(architecture), process_groups()
+    load_weights(model, architecture, groups)
+    engine = RolloutEngine(folder, RolloutSettings(cache_gib=0.1), 128, seed=0)
+    flat = torch.cat([weight.data.flatten() for weight in model.parameters()])
+    other = torch.empty_like(flat)
+
+    def exported() -> Iterator[tuple[str, torch.Tensor]]:
+        return export_weights(model, architecture, groups, _BUCKET)
+
+    runs: dict[str, Callable[[], object]] = {
+        "sync": lambda: sync_weights(engine, exported(), shard_digests(model, architecture, groups)),
+        "digests": lambda: shard_digests(model, architecture, groups),
+        "export": lambda: list(exported()),
+        "copy": lambda: other.copy_(flat),
+    }
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(REPETITIONS + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if repetition:  # the first is slow
+                took[name].append(time.perf_counter() - began)
+    engine.close()
+    return took, flat.nbytes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
