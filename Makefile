@@ -1,4 +1,4 @@
-.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu lint setup setup-gpu models compare
+.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu lint bench setup setup-gpu models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -36,6 +36,10 @@ test-gpu: setup-gpu  ## everything that takes a GPU; nothing of it has been run 
 
 lint: setup  ## style and types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+bench: setup  ## figures beside their floors, on a quiet machine; JSON=--json for tools/bench/compare.py
+	status=0; for bench in packing verify scorer weight_sync end_to_end; do \
+		.venv/bin/python tools/bench/$$bench.py $(JSON) || status=1; done; exit $$status
 
 compare: setup  ## methods side by side, and with and without teacher rollouts; hours, goes on when started again
 	.venv/bin/megatron-sgopd compare examples/arithmetic_cpu/compare.yaml --methods sgopd,sgopd_scaled,opd,exopd,opdvr,grpo \

@@ -50,6 +50,8 @@ def test_metrics_hold_everything_that_a_run_logs(main_run: Finished):
     for name in EVERY_METRIC:
         assert name in line, name
     assert set(line["stage_seconds"]) >= {"sync", "generate", "pack", "verify", "teacher", "reference", "train"}
+    assert set(line["phase_memory_mib"]) == {"sync", "generate", "teacher", "reference", "train"}
+    assert main_run.output.count("GiB in use at most on the first rank, and planned: sync ") == 1
 
 
 EVERY_METRIC = [
