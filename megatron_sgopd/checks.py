@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def method_of(settings: Settings) -> Method:
     given = {name: value for name, value in overrides.items() if value is not None}
     if settings.fp8.rollouts:
         given.setdefault("importance_clip", FP8_ROLLOUTS_CLIP)
-    if given.get("importance_clip") == "off":
+    if given.get("importance_clip") == 0:
         given["importance_clip"] = None
     if given.get("noise_floor") == "auto":
         given |= {"noise_floor": 0.0, "measured_noise_floor": True}
@@ -251,10 +252,11 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
     ):
         if parallel.ranks % size:
             raise ConfigError(f"{name} = {size} does not divide parallel.ranks={parallel.ranks}")
-    if parallel.sequence and train.row_tokens % parallel.tensor:
+    split = math.lcm(parallel.tensor, teacher_tensor)
+    if parallel.sequence and train.row_tokens % split:
         raise ConfigError(
-            f"train.row_tokens={train.row_tokens} is not divisible by parallel.tensor={parallel.tensor}, "
-            "which parallel.sequence needs"
+            f"train.row_tokens={train.row_tokens} is not divisible by parallel.tensor={parallel.tensor} and "
+            f"teacher.tensor_parallel={teacher_tensor}, which parallel.sequence needs: let it be a multiple of {split}"
         )
     if train.warmup_steps >= train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")

@@ -93,9 +93,9 @@ class SgopdSettings:
     noise_floor: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
     """tau in nats: where teacher and student differ by less, the gate is neutral. auto: the last step's 95th
     percentile of |s - b|, below which a difference may be the precision's and no preference."""
-    importance_clip: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
-    """C: weight tokens by min(exp(s - b), C); off: no importance weights. Unset: off, but 2 where the rollouts are made
-    in FP8, by another policy than the one that is trained."""
+    importance_clip: float | None = Field(default=None, ge=0)
+    """C: weight tokens by min(exp(s - b), C); 0: no importance weights. Unset: 0, but 2 where the rollouts are made in
+    FP8, by another policy than the one that is trained."""
     reference_kl_coef: float | None = Field(default=None, ge=0)
     """Weight of a reverse KL to the initial student, added to the loss; holds a student that drifts off."""
     updates_per_batch: int = Field(default=1, ge=1)
@@ -360,7 +360,7 @@ class Fp8RecipeSettings(Fp8Settings):
     recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
     """How the scales are found: from 1024 steps' largest values, from the tensor's own, or from those of its blocks."""
     first_last_layers_bf16: bool = False
-    """The first and the last layer stay in BF16."""
+    """The student's first and last layer stay in BF16 in training."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -77,7 +77,8 @@ def check_fp8(recipe: Recipe, student: Architecture, teacher: Architecture) -> N
         tensor = recipe.teacher.tensor_parallel or parallel.tensor
         check_sizes("fp8.teacher", teacher, tensor, fp8.teacher)
         check_sizes("fp8.teacher", student, parallel.tensor, fp8.teacher)
-        check_tokens("fp8.teacher", recipe.train.row_tokens * recipe.train.rows_per_microbatch, 1, fp8.teacher)
+        sequence = math.lcm(tensor, parallel.tensor) if parallel.sequence else 1
+        check_tokens("fp8.teacher", recipe.train.row_tokens * recipe.train.rows_per_microbatch, sequence, fp8.teacher)
 
 
 def _asked(recipe: Recipe) -> str | None:

@@ -103,13 +103,18 @@ def rendezvous() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-    listener = _listen(host, port).detach() if rank == 0 else None
+    listener = listen(host, port).detach() if rank == 0 else None
     return dist.TCPStore(
         host, port, int(os.environ["WORLD_SIZE"]), rank == 0, _LONGEST_START, master_listen_fd=listener
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for the ranks' store, at the address of `host` alone.
+
+    Raises:
+        ConfigError: this machine cannot listen there.
+    """
     try:
         family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # Some distributions give a machine's own name a loopback address, which no other machine can reach.

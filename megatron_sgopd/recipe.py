@@ -12,13 +12,14 @@ import yaml
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout, method_of
 from megatron_sgopd.cluster.hardware import device
-from megatron_sgopd.cluster.plan import planner_of, setup_of
+from megatron_sgopd.cluster.plan import Plan, planner_of, setup_of
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_fp8, training_flags
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import parameter_count
 from megatron_sgopd.monitor.output import METRICS
+from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import gpu_memory
 from megatron_sgopd.platform.cuda import CudaPlatform
 
@@ -91,6 +92,17 @@ def check_recipe(recipe: Recipe) -> Inputs:
     return inputs
 
 
+def plan_here(recipe: Recipe, method: Method, planned_as: str) -> Plan:
+    """A recipe's own layout on this machine.
+
+    Args:
+        planned_as: the device of the table that is like it but for the memory.
+    """
+    like = device(planned_as)
+    kind = dataclasses.replace(like, memory=gpu_memory() or like.memory)
+    return planner_of(recipe, method, kind).judge(setup_of(recipe))
+
+
 def check_memory(recipe: Recipe) -> None:
     """Every phase of a step fits this machine's GPUs, as the planner reckons; nothing is said where there are none.
 
@@ -100,8 +112,7 @@ def check_memory(recipe: Recipe) -> None:
     nbytes = gpu_memory() if recipe.platform != "cpu" else None
     if nbytes is None:
         return
-    kind = dataclasses.replace(device(CudaPlatform.planned_as), memory=nbytes)
-    plan = planner_of(recipe, method_of(recipe), kind).judge(setup_of(recipe))
+    plan = plan_here(recipe, method_of(recipe), CudaPlatform.planned_as)
     if plan.problems:
         raise ConfigError(f"{plan.worst_problem}. `megatron-sgopd plan` proposes layouts that fit")
 

@@ -56,8 +56,9 @@ class Residency:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """The body has what the phase needs."""
+        needed = self._move(phase)
         current().reset_peak_memory()
-        for tenant in self._move(phase):
+        for tenant in needed:
             self._tenants[tenant].ready()
         yield
         self._peaks[phase] = max(self._peaks.get(phase, 0), current().peak_memory())

@@ -16,8 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_full_estimator, check_inputs
-from megatron_sgopd.cluster.hardware import GIB, device
-from megatron_sgopd.cluster.plan import planner_of, setup_of
+from megatron_sgopd.cluster.hardware import GIB
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError, Stopped
 from megatron_sgopd.evaluation.heldout import respond
@@ -35,7 +34,7 @@ from megatron_sgopd.monitor.output import run_folder
 from megatron_sgopd.monitor.samples import sample_lines
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import current
-from megatron_sgopd.recipe import RESOLVED, load_recipe
+from megatron_sgopd.recipe import RESOLVED, load_recipe, plan_here
 from megatron_sgopd.residency import Residency, Tenant
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptStream
@@ -194,17 +193,15 @@ class Run:
         if not path.is_file():
             return  # a script of the user's own
         recipe = load_recipe(path)
-        plan = planner_of(recipe, self.method, device(current().planned_as)).judge(setup_of(recipe))
+        plan = plan_here(recipe, self.method, current().planned_as)
         planned = {name: sum(parts.values()) for name, parts in plan.phases.items()}
         said = (f"{name} {peaks[name] / GIB:.2f} ({planned[name] / GIB:.2f})" for name in planned if name in peaks)
         self.monitor.note(f"GiB in use at most on the first rank, and planned: {', '.join(said)}")
 
     def _prove_fp8(self) -> None:
-        """After the first step, of the models whose recipe asks for FP8."""
-        models = [self.student.model, *(scorer.model for scorer in self.scorers)]
-        for model in models if not self._fp8_is_proven else []:
-            if model.config.fp8:
-                prove_fp8(model)
+        """After the first step; scorers prove it where they have scored."""
+        if self.student.model.config.fp8 and not self._fp8_is_proven:
+            prove_fp8(self.student.model)
         self._fp8_is_proven = True
 
     def _set_noise_floor(self, logprob_gap: float) -> None:
@@ -254,6 +251,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     stop_request.heartbeat, clock = heartbeat, Clock(heartbeat)
     inputs = check_inputs(settings, args.seq_length)
     _check_arguments(settings, args, model)
+    _check_engines(settings, inputs)
     _check_same_prompts(run_dir / "prompts.digest", inputs.train.digest, args.iteration)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     student = Student(unwrapped(model[0]), inputs.student, groups)
@@ -286,11 +284,6 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         check_full_estimator(settings, inputs.student, inputs.teacher, tensor, pipeline)
     monitor = Monitor(settings, args.iteration, args.train_iters)
     verification = Verification(settings.verify, inputs.tokenizer)
-    if settings.evaluate.teacher and not current().several_engines:
-        raise ConfigError(
-            "evaluate.teacher is not possible on this platform, where a process has one engine: leave it out, and use "
-            "`megatron-sgopd eval` on the teacher's folder"
-        )
     if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:
         _evaluate_teacher(settings, args, inputs, verification, monitor)
     teacher = reference = engine = None
@@ -328,11 +321,6 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         stop_request,
         Residency({name: tenant for name, tenant in tenants.items() if tenant is not None}),
     )
-    if inputs.bank is not None and settings.teacher_rollouts.bank is None and not current().several_engines:
-        raise ConfigError(
-            "teacher_rollouts.bank is not set, and on this platform a run cannot make the teacher's rollouts beside "
-            "the student's: make them before by `megatron-sgopd teacher-rollouts`, and name their folder"
-        )
     if inputs.bank is not None and not settings.logging.replay:
         run.teacher_rollouts = TeacherRollouts(
             settings, inputs.bank, verification, lambda: _teacher_engine(settings, args), run.prompts_of, monitor.note
@@ -356,7 +344,7 @@ def _evaluate_teacher(
 
 
 def _teacher_engine(settings: Settings, args: Any) -> RolloutEngine:
-    return RolloutEngine(settings.teacher.path, settings.rollout, args.seq_length, args.seed, keeps_weights=True)
+    return RolloutEngine(settings.teacher.path, settings.rollout, args.seq_length, args.seed)
 
 
 def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:
@@ -373,6 +361,22 @@ def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:
         )
     if stored is None and dist.get_rank() == 0:  # else another rank may be reading it
         write_atomically(path, digest.encode())
+
+
+def _check_engines(settings: Settings, inputs: Inputs) -> None:
+    """No more engines are wanted in a process than the platform allows."""
+    if current().several_engines:
+        return
+    if inputs.bank is not None and settings.teacher_rollouts.bank is None:
+        raise ConfigError(
+            "teacher_rollouts.bank is not set, and on this platform a run cannot make the teacher's rollouts beside "
+            "the student's: make them before by `megatron-sgopd teacher-rollouts`, and name their folder"
+        )
+    if settings.evaluate.teacher:
+        raise ConfigError(
+            "evaluate.teacher is not possible on this platform, where a process has one engine: leave it out, and use "
+            "`megatron-sgopd eval` on the teacher's folder"
+        )
 
 
 def _check_arguments(settings: Settings, args: Any, model: Any) -> None:

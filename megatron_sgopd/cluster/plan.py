@@ -201,6 +201,7 @@ class Planner:
         self._calibration = calibration or Calibration()
         self._precision = recipe.train.precision
         self.usable = int(device.memory * (1 - allowance("fragmentation")))
+        self._engine_weight = 1 if recipe.fp8.rollouts else memory.weight_bytes(self._precision)
         self._runtime = round(allowance("runtime_gib" if device.gpu else "cpu_runtime_gib") * GIB)
         self._state = functools.cache(self._state_uncached)
         self._weights = functools.cache(self._weights_uncached)
@@ -235,9 +236,9 @@ class Planner:
         return sorted(fitting, key=lambda plan: plan.step_seconds)[:count], list(misses.values())
 
     def nearest(self, ranks: int) -> Plan | None:
-        """The fastest setup on the smallest number of ranks that is a power of two times `ranks`, and fits."""
-        for doubled in (ranks << i for i in range(1, 8)):
-            if found := self.best(doubled, 1)[0]:
+        """The fastest setup on the smallest power of two of ranks, above `ranks`, on which one fits."""
+        for more in (1 << i for i in range(14) if 1 << i > ranks):
+            if found := self.best(more, 1)[0]:
                 return found[0]
         return None
 
@@ -250,6 +251,9 @@ class Planner:
                 self._teacher.check_parallel(setup.teacher_tensor, setup.teacher_pipeline, setup.teacher_expert)
         except ConfigError as error:
             return str(error)
+        laid_out = setup.teacher_tensor, setup.teacher_pipeline
+        if self._recipe.sgopd.estimator == "full" and (setup.offload or laid_out != (setup.tensor, setup.pipeline)):
+            return "sgopd.estimator=full needs the teacher laid out as the student, and on the device"
         sizes = {
             "parallel.tensor x parallel.pipeline": setup.tensor * setup.pipeline,
             "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel": setup.teacher_tensor
@@ -279,12 +283,14 @@ class Planner:
         for tensor, pipeline, rows, recompute in students:
             first = Setup(ranks, tensor, pipeline, rows, recompute, False, optimizer, 1, 1, 1, False, 1, None)
             first = replace(first, sequence=tensor > 1 and self._device.gpu)
-            if self.undivided(first):
+            same = replace(first, teacher_tensor=tensor, teacher_pipeline=pipeline)
+            if self._teacher is None:
+                teachers = [(tensor, pipeline, 1, False)]  # whose rows count as the student's
+            elif self.undivided(same) and self.undivided(first):
                 continue
             if self._state(first).total > self.usable:
-                same = replace(first, teacher_tensor=tensor, teacher_pipeline=pipeline, offload=True)
-                if not self.undivided(same):
-                    yield self._with_share(same)  # to say how much is missing
+                if not self.undivided(offloaded := replace(same, offload=True)):
+                    yield self._with_share(offloaded)  # to say how much is missing
                 continue
             for teacher_tensor, teacher_pipeline, expert, offload in teachers:
                 second = replace(
@@ -294,14 +300,12 @@ class Planner:
                     teacher_expert=expert,
                     offload=offload,
                 )
-                if self._teacher is not None and self.undivided(second):
+                if self.undivided(second):
                     continue
                 for rollout in within:
                     setup = replace(second, rollout_tensor=rollout)
                     if not self.undivided(setup):
                         yield self._with_share(setup)
-                if self._teacher is None:
-                    break
 
     def _with_share(self, setup: Setup) -> Setup:
         """The engine's share set to what the others leave it, on a GPU."""
@@ -346,10 +350,7 @@ class Planner:
         return resident if setup.offload else resident | self._scorers(setup)
 
     def _engine_weights(self, setup: Setup) -> int:
-        each = memory.weight_bytes(self._precision)
-        if self._recipe.fp8.rollouts:
-            each = 1
-        return parameter_count(self._student) * each // setup.rollout_tensor
+        return parameter_count(self._student) * self._engine_weight // setup.rollout_tensor
 
     def _engine(self, setup: Setup) -> dict[str, int]:
         """While it generates."""
@@ -432,7 +433,9 @@ class Planner:
         cache = phases["generate"]["cache"]
         seconds = {
             "sync": times.sync_seconds(self._student, setup.student, device),
-            "generate": times.generate_seconds(self._student, setup.ranks, setup.rollout_tensor, work, cache, device),
+            "generate": times.generate_seconds(
+                self._student, setup.ranks, setup.rollout_tensor, work, cache, device, self._engine_weight
+            ),
         }
         loads = self._scorers(setup) if setup.offload else {}
         scored = {"teacher": (self._teacher, setup.teacher), "reference": (self._student, setup.student)}

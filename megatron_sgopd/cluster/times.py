@@ -138,7 +138,7 @@ def train_seconds(
     elements = shard_elements(architecture, spread.layout, 0)
     share = (spread.data - 1) / spread.data
     exchange = 6 * share * elements / spread.bandwidth(device, spread.ranks)
-    hidden = compute / microbatches / 2  # behind the last microbatch's backward pass and the first one's forward pass
+    hidden = 2 * compute / passes / microbatches  # behind the last microbatch's backward pass
     state = 2 * (18 * elements / optimizer_shards) / device.memory_bandwidth
     return (compute + tensor) * _bubble(spread, microbatches) + max(0.0, exchange - hidden) + state
 
@@ -166,7 +166,13 @@ def _bubble(spread: Spread, microbatches: float) -> float:
 
 
 def generate_seconds(
-    architecture: Architecture, ranks: int, tensor: int, work: Workload, cache_bytes: float, device: Device
+    architecture: Architecture,
+    ranks: int,
+    tensor: int,
+    work: Workload,
+    cache_bytes: float,
+    device: Device,
+    weight_bytes: int = 2,
 ) -> float:
     """Decoding of all responses by replicas of `tensor` ranks.
 
@@ -175,13 +181,14 @@ def generate_seconds(
 
     Args:
         cache_bytes: for keys and values on a rank.
+        weight_bytes: of one weight.
     """
     replicas = ranks // tensor
     sequences = math.ceil(work.responses / replicas)
     per_token = cache_bytes_per_token(architecture)
     tokens = work.prompt_tokens + work.response_tokens
     at_once = min(sequences, allowance("engine_sequences"), max(1.0, cache_bytes * tensor / (per_token * tokens)))
-    weights = 2 * parameter_count(architecture)
+    weights = weight_bytes * parameter_count(architecture)
     flops = forward_flops(architecture, work.context) + output_flops(architecture)
 
     def step(count: float) -> float:

@@ -21,8 +21,9 @@ def tensor_digest(tensor: torch.Tensor) -> int:
 
     where a and b are odd pseudo-random numbers, from SplitMix64's finalizer (Steele, Lea and Flood, 2014) of 2 i + 1
     and 2 j + 2, and x are 16 bits as they are, or u xor (u >> 16) for 32 bits u, since a linear form mod 2^32 hardly
-    sees the highest bits. A change of one element always shows, since its product with odd numbers is not 0; several
-    are missed with a chance of 2^-34 at most. Sums over parts are the whole's.
+    sees the highest bits. A change of one element always shows, since its product with odd numbers is not 0. Random
+    changes of several are missed with a chance of about 2^-64, pairs of flipped signs with 2^-32, and only pairs that
+    change nothing but the highest bit of x always. Sums over parts are the whole's.
     """
     return digest_of(grouped_digest(tensor[None], tuple(tensor.shape), axis=0, start=0).tolist())
 

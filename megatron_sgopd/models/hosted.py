@@ -31,3 +31,4 @@ class HostedWeights:
         drop_fp8_copies(self._model)
         for parameter, home in self._homes:
             parameter.data = home
+        current().free_cached_memory()

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_sgopd.fp8 import prove_fp8
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.hosted import HostedWeights
 from megatron_sgopd.models.logprobs import OutputHead, target_logprobs, target_ranks
@@ -76,7 +77,7 @@ class Scorer:
         )
         model = model.to(self._config.params_dtype).requires_grad_(False).eval()
         load_weights(model, architecture, self._groups)
-        self.model = model.to("cpu" if offload else current().device)  # Transformer Engine builds on the device
+        self.model = model.to(current().device)
         self.hosted = HostedWeights(self.model) if offload else None
         self._keeps_hidden = keeps_hidden
         self._kept: dict[int, tuple[torch.Tensor, OutputHead]] = {}
@@ -100,6 +101,9 @@ class Scorer:
 
         Returns:
             float32 [T] in nats and, if asked for, int64 [T] from 1 on, both on the host.
+
+        Raises:
+            Alarm: it is the first time, and a layer that should multiply in FP8 did not.
         """
         self.forwards += 1
         self._kept.clear()
@@ -118,6 +122,8 @@ class Scorer:
             p2p_communicator=P2PCommunicator(self._groups.pp, self._config),
             pg_collection=self._groups,
         )
+        if self._config.fp8 and self.forwards == 1:
+            prove_fp8(self.model)
         # Ranks that hold no result add zeros: one all-reduce. float32 holds every rank up to 2^24 exactly.
         found_KT = torch.zeros(1 + with_ranks, rows.offsets_R1[-1], dtype=torch.float32, device=current().device)
         if self._last_stage and self._groups.tp.rank() == 0:

@@ -5,6 +5,7 @@ what it needs and never which platform it got.
 """
 
 import logging
+import os
 from typing import Literal
 
 from megatron_sgopd.errors import ConfigError
@@ -56,6 +57,7 @@ def current() -> Platform:
 
 def gpu_memory() -> int | None:
     """Bytes of this machine's first GPU; None where there is none."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # CUDA reads it when it starts, which is here
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.device_count() else None

@@ -51,6 +51,10 @@ class Platform(abc.ABC):
         """Bytes of the device's memory that this process had in use at most."""
 
     @abc.abstractmethod
+    def free_cached_memory(self) -> None:
+        """Give back what an allocator keeps of freed tensors, for others and for other streams."""
+
+    @abc.abstractmethod
     def copying(self) -> contextlib.AbstractContextManager[None]:
         """Copies from the host that the body begins go on beside what the device computes."""
 

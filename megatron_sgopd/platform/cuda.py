@@ -72,6 +72,9 @@ class CudaPlatform(Platform):
         outside = max(self._outside, self.memory_used() - torch.cuda.memory_reserved())
         return outside + torch.cuda.max_memory_reserved()
 
+    def free_cached_memory(self) -> None:
+        torch.cuda.empty_cache()
+
     @contextlib.contextmanager
     def copying(self) -> Iterator[None]:
         # What they overwrite may still be read.

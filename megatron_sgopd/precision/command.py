@@ -26,8 +26,8 @@ def add_command(commands: Any) -> None:
         help="measure what BF16 and FP8 do to log-probs, and to the gate",
         description="Sample responses of the student to some of a recipe's prompts, score them by both models in "
         "float32, in BF16 and in emulated FP8 (operands cast to E4M3 and back), and say how far each moves log-probs, "
-        "how many tokens' gates would turn round, and which sgopd.noise_floor (tau) covers the noise. Runs on any "
-        "machine that holds the larger model in float32; FP8 is emulated on GPUs too.",
+        "how many tokens' gates would turn round, and which sgopd.noise_floor (tau) covers the noise. Takes the "
+        "memory of the larger model in float32, on one GPU or, with platform=cpu, on the host; not for experts.",
         epilog="Example: megatron-sgopd noise-floor examples/arithmetic_cpu/recipe.yaml --out runs/noise_floor",
     )
     command.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from megatron_sgopd.errors import ConfigError
+
 E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(E4M3).max
 BLOCK = 128
@@ -42,30 +44,44 @@ def _cast(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 def emulated_fp8(model: torch.nn.Module, recipe: str, first_last_bf16: bool = False) -> Iterator[None]:
     """While it is entered, the linear layers of a transformers model's decoder multiply as in E4M3; the head does not.
 
+    A weight is cast when its layer is used, and is itself again afterwards.
+
     Args:
         recipe: `tensorwise` or `blockwise`.
         first_last_bf16: the first and the last layer's operands are cast to BF16 instead.
+
+    Raises:
+        ConfigError: the model has experts, whose weights are in no linear layer.
     """
     layers: torch.nn.ModuleList = model.base_model.layers  # type: ignore[union-attr, assignment]  # transformers'
-    kept, hooks = [], []
+    if any(parameter.dim() > 2 for parameter in layers.parameters()):
+        raise ConfigError("FP8 of a mixture of experts cannot be emulated: measure with a dense teacher of its kind")
+    hooks = []
     for number, layer in enumerate(layers):
         in_bf16 = first_last_bf16 and number in (0, len(layers) - 1)
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
-                kept.append((module, module.weight.data))
-                module.weight.data = _operand(module.weight.data, recipe, in_bf16, rows=BLOCK)
-                hooks.append(
-                    module.register_forward_pre_hook(
-                        lambda _, inputs, in_bf16=in_bf16: (_operand(inputs[0], recipe, in_bf16, rows=1), *inputs[1:])
-                    )
-                )
+                cast = _Cast(module.weight.data, recipe, in_bf16)
+                hooks += [module.register_forward_pre_hook(cast.before), module.register_forward_hook(cast.after)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, weight in kept:
-            module.weight.data = weight
+
+
+class _Cast:
+    """The operands of one linear layer."""
+
+    def __init__(self, weight: torch.Tensor, recipe: str, in_bf16: bool) -> None:
+        self._weight, self._recipe, self._in_bf16 = weight, recipe, in_bf16
+
+    def before(self, module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        module.weight.data = _operand(self._weight, self._recipe, self._in_bf16, rows=BLOCK)
+        return (_operand(inputs[0], self._recipe, self._in_bf16, rows=1), *inputs[1:])
+
+    def after(self, module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        module.weight.data = self._weight
 
 
 def _operand(values: torch.Tensor, recipe: str, in_bf16: bool, rows: int) -> torch.Tensor:

@@ -63,6 +63,7 @@ def logprobs_by_precision(
             if precision.dtype is dtype:
                 with precision.applied(model):
                     yield precision.name, torch.cat([_logprobs(model, one, temperature) for one in responses])
+        del model  # before the next one is loaded
 
 
 @torch.no_grad()

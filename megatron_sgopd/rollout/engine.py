@@ -28,13 +28,11 @@ class RolloutEngine:
         settings: RolloutSettings,
         max_tokens: int,
         seed: int,
-        keeps_weights: bool = False,
         quantization: str | None = None,
     ) -> None:
         """Load the model in `folder` (Hugging Face format); prompt and response share `max_tokens`.
 
         Args:
-            keeps_weights: while it sleeps, in host memory; else they must be loaded anew after each sleep.
             quantization: `per_tensor` or `per_block`, FP8 weights; those that it is given stay BF16.
         """
         from vllm import LLM
@@ -45,7 +43,6 @@ class RolloutEngine:
         self._replica = rank // settings.tensor_parallel
         self._contributes = rank % settings.tensor_parallel == 0
         self._max_new_tokens = settings.max_new_tokens
-        self._sleep_level = 1 if keeps_weights else 2
         self.weight_version = 0
         self._llm = LLM(
             model=str(folder),
@@ -112,9 +109,9 @@ class RolloutEngine:
         """Nothing: vLLM wakes up before it returns."""
 
     def release(self) -> None:
-        """Give the device's memory to training (a no-op where the platform has no sleep mode)."""
+        """Give the device's memory to training, if there is a sleep mode; the next use begins with a sync."""
         if self._sleeps:
-            self._llm.sleep(level=self._sleep_level)
+            self._llm.sleep(level=2)
 
     @property
     def _sleeps(self) -> bool:

@@ -144,10 +144,7 @@ class TeacherRollouts:
             if dist.get_rank() == 0:
                 self._writer = self._open.enter_context(writing(self._folder, self._identity, "train-0"))
                 self._bank.refresh()
-        self._engine.fetch("weights")
-        self._engine.fetch("kv_cache")
         trajectories = sample_problems(self._engine, prompts, self._sampling)
-        self._engine.release()
         self._verification.start(trajectories)()
         rollouts = judged_rollouts(trajectories, self._verification.all_checked())
         if self._writer is not None:

@@ -114,7 +114,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        assert f"MASTER_PORT={port} cannot be listened on" in red(doctor.rendezvous())
+        assert f"cannot listen on MASTER_ADDR=127.0.0.1, MASTER_PORT={port}" in red(doctor.rendezvous())
 
 
 def test_a_checkpoint_with_a_file_that_is_gone(tmp_path: Path) -> None:
@@ -137,6 +137,10 @@ def test_a_locale_that_is_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
     assert "set GLOO_SOCKET_IFNAME" in red(doctor.collectives())
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    assert "torch sees no GPU" in red(doctor.memory(recipe(tmp_path, "platform=cuda")))
 
 
 def test_a_layout_that_training_would_refuse(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sgopd.checks import method_of
 from megatron_sgopd.config import Recipe
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_device, check_fp8, training_flags
@@ -47,7 +48,7 @@ def test_what_can_run_is_accepted(models: tuple[Architecture, Architecture], cha
         ),
         (["fp8.format=hybrid", "train.row_tokens=4100"], "a multiple of 32 tokens, but .* is 4100: let it be 4128"),
         (["fp8.format=hybrid", "train.row_tokens=4112", "parallel.sequence=false", "fp8.recipe=blockwise"], "be 4224"),
-        (["fp8.teacher=tensorwise", "train.row_tokens=4104"], "fp8.teacher .* a multiple of 16 tokens"),
+        (["fp8.teacher=tensorwise", "train.row_tokens=4104"], "fp8.teacher .* a multiple of 64 tokens"),
     ],
 )
 def test_what_cannot_is_refused_with_the_mend(
@@ -86,3 +87,16 @@ def test_delayed_scales_look_at_more_than_megatrons_one_step() -> None:
     assert flags["fp8-recipe"] == "tensorwise" and flags["fp8-amax-history-len"] is None
     delayed = training_flags(recipe("fp8.format=hybrid", "fp8.recipe=delayed"))
     assert delayed["fp8-amax-history-len"][0] == 1024 and delayed["fp8-amax-compute-algo"][0] == "max"
+
+
+@pytest.mark.parametrize(
+    ("changes", "clip"),
+    [
+        ([], None),
+        (["fp8.rollouts=per_block"], 2.0),
+        (["fp8.rollouts=per_block", "sgopd.importance_clip=0"], None),
+        (["fp8.rollouts=per_block", "sgopd.importance_clip=1.5"], 1.5),
+    ],
+)
+def test_rollouts_in_fp8_turn_importance_weights_on(changes: list[str], clip: float | None) -> None:
+    assert method_of(recipe(*changes)).importance_clip == clip

@@ -22,12 +22,8 @@ def main() -> int:
     arguments.add_argument("--steps", type=int, default=12)
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = [
-            f"run_dir={folder}/run",
-            f"train.steps={options.steps}",
-            "data.heldout=null",
-            "evaluate.teacher=false",
-        ]
+        settings = [f"run_dir={folder}/run", f"train.steps={options.steps}", "train.warmup_steps=0"]
+        settings += ["data.heldout=null", "evaluate.teacher=false"]
         command = [sys.executable, "-m", "megatron_sgopd.cli", "train", "examples/arithmetic_cpu/recipe.yaml"]
         command += [f"--set={setting}" for setting in settings]
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
