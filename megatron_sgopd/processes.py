@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,14 +12,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-import psutil
-
 from megatron_sgopd.errors import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
 _PR_SET_PDEATHSIG = 1
-_RANK_PID = "SGOPD_RANK_PID"
 _FIRST_PARENT = os.getppid()
 """As this process begins, seconds before its libraries are loaded."""
 _LONGEST_START = timedelta(minutes=30)
@@ -41,31 +37,10 @@ def hold_stop_signals() -> None:
 
 
 def begin_rank() -> None:
-    """In a rank: end with the launcher, and let those that it starts by `multiprocessing` know it."""
+    """In a rank: end with the launcher, also where that was killed while this one loaded its libraries."""
     die_with_parent()
     if os.getppid() != _FIRST_PARENT:  # killed since, of which the kernel says nothing any more
         os._exit(1)
-    os.environ[_RANK_PID] = str(os.getpid())
-
-
-def die_with_rank() -> None:
-    """In a process that a rank has started by `multiprocessing`, as Megatron does to save: end when the rank does.
-
-    Such a process imports the rank's main module before it is told anything. Call it there.
-    """
-    if multiprocessing.current_process().name == "MainProcess":
-        return
-    die_with_parent()
-    rank = os.environ.get(_RANK_PID)
-    if rank is not None and not _is_running(int(rank)):  # killed since, of which the kernel says nothing any more
-        os._exit(1)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextlib.contextmanager

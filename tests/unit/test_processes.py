@@ -49,46 +49,6 @@ def test_a_store_of_the_users_torchrun_is_left_to_it(port: int, monkeypatch: pyt
     assert rendezvous() is None
 
 
-RANK = """\
-import multiprocessing, os, sys, time
-
-from megatron_sgopd.processes import begin_rank, die_with_rank
-
-if __name__ != "__main__":  # in the child, which is still importing
-    open(sys.argv[1], "w").write(str(os.getpid()))
-    time.sleep(float(sys.argv[2]))
-    die_with_rank()
-
-
-def wait_for_ever():
-    open(sys.argv[1] + ".done", "w").write("imported")
-    time.sleep(60)
-
-
-if __name__ == "__main__":
-    begin_rank()
-    multiprocessing.get_context("spawn").Process(target=wait_for_ever).start()
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("importing", [True, False])
-def test_a_process_that_a_rank_started_ends_when_the_rank_is_killed(tmp_path: Path, importing: bool) -> None:
-    (tmp_path / "rank.py").write_text(RANK)
-    started = tmp_path / "started"
-    rank = subprocess.Popen([sys.executable, str(tmp_path / "rank.py"), str(started), "2" if importing else "0"])
-    awaited = started if importing else tmp_path / "started.done"
-    deadline = time.monotonic() + 30
-    while not (awaited.is_file() and awaited.read_text()):
-        assert time.monotonic() < deadline and rank.poll() is None
-        time.sleep(0.05)
-    child = psutil.Process(int(started.read_text()))
-    rank.kill()
-    rank.wait()
-    psutil.wait_procs([child], timeout=20)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-
-
 LATE_RANK = """\
 import sys, time
 
