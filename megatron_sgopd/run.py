@@ -73,8 +73,8 @@ class Run:
     stop_request: StopRequest
     residency: Residency
     truncated_history: list[bool] = field(default_factory=list)
-    _fp8_is_proven: bool = False
-    _is_compared: bool = False
+    _had_a_step: bool = False
+    """In this process."""
 
     def before_training(self, step: int) -> tuple[Batch, PolicyStep]:
         """The stages up to the optimizer step."""
@@ -115,7 +115,8 @@ class Run:
             if grad_norm is not None:
                 metrics["grad_norm"] = float(grad_norm)
             check_metrics(self.settings.alarms, batch.step, metrics)
-            self._prove_fp8()
+            if not self._had_a_step and self.student.model.config.fp8:  # scorers prove it where they score
+                prove_fp8(self.student.model)
             self._set_noise_floor(metrics["logprob_gap_p95"])
             self.recording.save(batch, lambda: policy.student_logprobs_T)
             samples = self._samples(batch, policy) if self.keeps_samples(batch.step) else []
@@ -134,8 +135,9 @@ class Run:
         }
         self.monitor.step(metrics)
         self.monitor.samples(samples)
-        if not self._is_compared:
+        if not self._had_a_step:
             self._compare_memory(peaks)
+        self._had_a_step = True
         if last:
             self.monitor.summary()
             self.verification.close()
@@ -188,7 +190,6 @@ class Run:
 
     def _compare_memory(self, peaks: dict[str, int]) -> None:
         """Say what each phase of this process's first step took, and what the planner says of the run's recipe."""
-        self._is_compared = True
         path = Path(self.settings.run_dir) / RESOLVED
         if not path.is_file():
             return  # a script of the user's own
@@ -197,12 +198,6 @@ class Run:
         planned = {name: sum(parts.values()) for name, parts in plan.phases.items()}
         said = (f"{name} {peaks[name] / GIB:.2f} ({planned[name] / GIB:.2f})" for name in planned if name in peaks)
         self.monitor.note(f"GiB in use at most on the first rank, and planned: {', '.join(said)}")
-
-    def _prove_fp8(self) -> None:
-        """After the first step; scorers prove it where they have scored."""
-        if self.student.model.config.fp8 and not self._fp8_is_proven:
-            prove_fp8(self.student.model)
-        self._fp8_is_proven = True
 
     def _set_noise_floor(self, logprob_gap: float) -> None:
         """For the next step, where the setting is `auto`."""

@@ -69,7 +69,7 @@ def examine(recipe: Recipe | None, generate: bool) -> Iterator[Finding]:
         recipe: None: the machine alone.
         generate: let the student generate a token, which loads it.
     """
-    checks: list[Check] = [python, packages, gpus, kernels, products, collectives, limits, locale_and_clock, rendezvous]
+    checks: list[Check] = [python, packages, gpus, kernels, products, collectives, limits, text_encoding, rendezvous]
     if recipe is not None:
         bound = [models, settings, storage, checkpoints, slurm, memory]
         checks += [functools.partial(check, recipe) for check in bound]
@@ -267,8 +267,8 @@ def limits() -> Iterator[Finding]:
     yield Finding("limits", "yellow" if small else "green", f"{shared / GIB:.1f} GiB of shared memory{mend}")
 
 
-def locale_and_clock() -> Iterator[Finding]:
-    """Text is UTF-8, and files get the time of this machine."""
+def text_encoding() -> Iterator[Finding]:
+    """Text is UTF-8."""
     encoding = locale.getpreferredencoding(False)
     utf8 = encoding.lower().replace("-", "") == "utf8"
     mend = "" if utf8 else ": prompts and tokenizers are UTF-8; set LC_ALL=C.UTF-8"

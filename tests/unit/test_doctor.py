@@ -131,7 +131,7 @@ def test_a_job_with_another_number_of_tasks(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_locale_that_is_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("locale.getpreferredencoding", lambda _: "ANSI_X3.4-1968")
-    assert "set LC_ALL=C.UTF-8" in red(doctor.locale_and_clock())
+    assert "set LC_ALL=C.UTF-8" in red(doctor.text_encoding())
 
 
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
