@@ -26,7 +26,7 @@ from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
 from megatron_sgopd.precision.command import add_command as add_noise_floor
-from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent, hold_stop_signals
+from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent, end_with_rank, hold_stop_signals
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
@@ -200,5 +200,6 @@ def _wait_handing_signals_on(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
+end_with_rank()
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.config import Settings, parse_flags
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.output import EXIT_STOPPED, Result, claimed, reporting_errors, run_folder
-from megatron_sgopd.processes import begin_rank, hold_stop_signals, is_first_rank, rendezvous
+from megatron_sgopd.processes import begin_rank, end_with_rank, hold_stop_signals, is_first_rank, rendezvous
 
 
 def main(prepare: Callable[[], None] = lambda: None) -> int:
@@ -107,5 +107,6 @@ def _model_provider(architecture: Any) -> Any:
     return provider
 
 
+end_with_rank()
 if __name__ == "__main__":
     sys.exit(main())

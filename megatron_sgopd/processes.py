@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
+import multiprocessing
 import os
+import select
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,6 +20,7 @@ from megatron_sgopd.errors import ConfigError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
 _PR_SET_PDEATHSIG = 1
+_RANK_PID = "SGOPD_RANK_PID"
 _FIRST_PARENT = os.getppid()
 """As this process begins, seconds before its libraries are loaded."""
 _LONGEST_START = timedelta(minutes=30)
@@ -41,6 +45,29 @@ def begin_rank() -> None:
     die_with_parent()
     if os.getppid() != _FIRST_PARENT:  # killed since, of which the kernel says nothing any more
         os._exit(1)
+    os.environ[_RANK_PID] = str(os.getpid())
+
+
+def end_with_rank() -> None:
+    """In a process that a rank has started by `multiprocessing`, as Megatron does to save: end when the rank does.
+
+    Such a process imports the rank's main module first: call it there. `die_with_parent` would not do, since the
+    kernel takes the end of the *thread* that started a process for the end of its parent.
+    """
+    if multiprocessing.current_process().name == "MainProcess" or _RANK_PID not in os.environ:
+        return
+    try:
+        rank = os.pidfd_open(int(os.environ[_RANK_PID]))
+    except ProcessLookupError:  # killed since
+        os._exit(1)
+    threading.Thread(target=_end_with, args=(rank,), name="end-with-rank", daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    ended.poll()
+    os._exit(1)
 
 
 @contextlib.contextmanager

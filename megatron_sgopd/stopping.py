@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -35,7 +34,7 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, _: self._note(number))  # for threads that are there already
         hold_stop_signals()
-        atexit.register(_end_daemons)
+        multiprocessing.util.Finalize(None, _end_daemons, exitpriority=0)
         threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
 
     def _wait(self) -> None:
@@ -61,7 +60,7 @@ class StopRequest:
 
 
 def _end_daemons() -> None:
-    """Python itself would end them by a signal that they hold back, and wait."""
+    """Before Python itself would end them by a signal that they hold back, and wait."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -49,6 +49,46 @@ def test_a_store_of_the_users_torchrun_is_left_to_it(port: int, monkeypatch: pyt
     assert rendezvous() is None
 
 
+RANK = """\
+import multiprocessing, os, sys, time
+
+from megatron_sgopd.processes import begin_rank, end_with_rank
+
+if __name__ != "__main__":  # in the child, which is still importing
+    open(sys.argv[1], "w").write(str(os.getpid()))
+    time.sleep(float(sys.argv[2]))
+    end_with_rank()
+
+
+def wait_for_ever():
+    open(sys.argv[1] + ".done", "w").write("imported")
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    begin_rank()
+    multiprocessing.get_context("spawn").Process(target=wait_for_ever).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("importing", [True, False])
+def test_a_process_that_a_rank_started_ends_when_the_rank_is_killed(tmp_path: Path, importing: bool) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    started = tmp_path / "started"
+    rank = subprocess.Popen([sys.executable, str(tmp_path / "rank.py"), str(started), "2" if importing else "0"])
+    awaited = started if importing else tmp_path / "started.done"
+    deadline = time.monotonic() + 30
+    while not (awaited.is_file() and awaited.read_text()):
+        assert time.monotonic() < deadline and rank.poll() is None
+        time.sleep(0.05)
+    child = psutil.Process(int(started.read_text()))
+    rank.kill()
+    rank.wait()
+    psutil.wait_procs([child], timeout=20)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
 LATE_RANK = """\
 import sys, time
 
@@ -78,3 +118,20 @@ def test_a_rank_whose_launcher_was_killed_while_it_loaded_its_libraries_ends(tmp
     psutil.wait_procs([rank], timeout=20)
     assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
     assert state.read_text() == "loading"
+
+
+HELD_BACK = """\
+import multiprocessing, time
+
+from megatron_sgopd.stopping import StopRequest
+
+StopRequest().listen()
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
+"""
+
+
+def test_a_daemon_that_holds_the_stop_signals_back_does_not_keep_its_rank(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(HELD_BACK)
+    started = time.monotonic()
+    subprocess.run([sys.executable, str(tmp_path / "rank.py")], check=True, timeout=100)
+    assert time.monotonic() - started < 40  # libraries load for some seconds; without an end to it, the daemon's 60
