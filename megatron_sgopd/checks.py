@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.checkpoint.files import check_conversion
+from megatron_sgopd.cluster.plan import check_divides, setup_of
 from megatron_sgopd.config import PromptSettings, Recipe, Settings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.imports import import_function
@@ -235,39 +236,19 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
         ConfigError: naming the first that does not.
     """
     parallel, train, rollout = recipe.parallel, recipe.train, recipe.rollout
-    student.check_parallel(parallel.tensor, parallel.pipeline)
-    teacher_tensor = recipe.teacher.tensor_parallel or parallel.tensor
-    teacher_pipeline = recipe.teacher.pipeline_parallel or parallel.pipeline
-    teacher.check_parallel(teacher_tensor, teacher_pipeline, recipe.teacher.expert_parallel)
-    student.check_parallel(rollout.tensor_parallel, 1)
+    setup = setup_of(recipe)
+    check_divides(setup, student, teacher, rollout.prompts_per_step * rollout.group_size)
     if recipe.sgopd.estimator == "full":
         check_full_estimator(recipe, student, teacher, parallel.tensor, parallel.pipeline)
-    for name, size in (
-        ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline),
-        (
-            "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel",
-            teacher_tensor * teacher_pipeline * recipe.teacher.expert_parallel,
-        ),
-        ("rollout.tensor_parallel", rollout.tensor_parallel),
-    ):
-        if parallel.ranks % size:
-            raise ConfigError(f"{name} = {size} does not divide parallel.ranks={parallel.ranks}")
-    split = math.lcm(parallel.tensor, teacher_tensor)
+    split = math.lcm(setup.tensor, setup.teacher_tensor)
     if parallel.sequence and train.row_tokens % split:
         raise ConfigError(
             f"train.row_tokens={train.row_tokens} is not divisible by parallel.tensor={parallel.tensor} and "
-            f"teacher.tensor_parallel={teacher_tensor}, which parallel.sequence needs: let it be a multiple of {split}"
+            f"teacher.tensor_parallel={setup.teacher_tensor}, which parallel.sequence needs: let it be a multiple of "
+            f"{split}"
         )
     if train.warmup_steps >= train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
-    data_parallel = parallel.ranks // (parallel.tensor * parallel.pipeline)
-    responses = rollout.prompts_per_step * rollout.group_size
-    if responses % (data_parallel * train.rows_per_microbatch):
-        raise ConfigError(
-            f"rollout.prompts_per_step x rollout.group_size = {responses} responses is not divisible by "
-            f"{data_parallel} data-parallel ranks x train.rows_per_microbatch={train.rows_per_microbatch}: "
-            f"change one of them"
-        )
 
 
 def check_disk(run_dir: Path, parameter_count: int, precision: str) -> None:

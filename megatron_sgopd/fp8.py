@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sgopd.errors import Alarm, ConfigError
 
 if TYPE_CHECKING:
+    from megatron_sgopd.cluster.plan import Setup
     from megatron_sgopd.config import Recipe
     from megatron_sgopd.models.architecture import Architecture
 
@@ -55,13 +56,13 @@ def scorer_fields(recipe: str | None) -> dict[str, Any]:
     }
 
 
-def check_fp8(recipe: Recipe, student: Architecture, teacher: Architecture) -> None:
+def check_fp8(recipe: Recipe, setup: Setup, student: Architecture, teacher: Architecture) -> None:
     """Check that what is asked for can run.
 
     Raises:
         ConfigError: naming the setting or size that does not fit.
     """
-    fp8, parallel = recipe.fp8, recipe.parallel
+    fp8 = recipe.fp8
     if recipe.platform == "cpu" and (asked := _asked(recipe)):
         raise ConfigError(f"{asked} needs a GPU and Transformer Engine, but platform is 'cpu': leave it out")
     if fp8.format and fp8.first_last_layers_bf16 and fp8.recipe == "delayed":
@@ -69,16 +70,25 @@ def check_fp8(recipe: Recipe, student: Architecture, teacher: Architecture) -> N
             "fp8.first_last_layers_bf16 is not possible with fp8.recipe=delayed, whose scales span all layers: take "
             "tensorwise or blockwise"
         )
+    check_fp8_layout(recipe, setup, student, teacher)
+
+
+def check_fp8_layout(recipe: Recipe, setup: Setup, student: Architecture, teacher: Architecture | None) -> None:
+    """Check that sizes and tokens, as a setup splits them, can be multiplied in FP8.
+
+    Raises:
+        ConfigError: naming the one that cannot.
+    """
+    fp8, tokens = recipe.fp8, recipe.train.row_tokens * setup.rows_per_microbatch
     if fp8.format:
-        sequence = parallel.tensor if parallel.sequence else 1
-        check_sizes("fp8.format", student, parallel.tensor, fp8.recipe)
-        check_tokens("fp8.format", recipe.train.row_tokens * recipe.train.rows_per_microbatch, sequence, fp8.recipe)
+        check_sizes("fp8.format", student, setup.tensor, fp8.recipe)
+        check_tokens("fp8.format", tokens, setup.tensor if setup.sequence else 1, fp8.recipe)
     if fp8.teacher:
-        tensor = recipe.teacher.tensor_parallel or parallel.tensor
-        check_sizes("fp8.teacher", teacher, tensor, fp8.teacher)
-        check_sizes("fp8.teacher", student, parallel.tensor, fp8.teacher)
-        sequence = math.lcm(tensor, parallel.tensor) if parallel.sequence else 1
-        check_tokens("fp8.teacher", recipe.train.row_tokens * recipe.train.rows_per_microbatch, sequence, fp8.teacher)
+        if teacher is not None:
+            check_sizes("fp8.teacher", teacher, setup.teacher_tensor, fp8.teacher)
+        check_sizes("fp8.teacher", student, setup.tensor, fp8.teacher)
+        sequence = math.lcm(setup.teacher_tensor, setup.tensor) if setup.sequence else 1
+        check_tokens("fp8.teacher", tokens, sequence, fp8.teacher)
 
 
 def _asked(recipe: Recipe) -> str | None:

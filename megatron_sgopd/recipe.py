@@ -85,7 +85,7 @@ def check_recipe(recipe: Recipe) -> Inputs:
     check_run_dir(recipe)
     inputs = check_inputs(recipe, recipe.train.row_tokens)
     check_layout(recipe, inputs.student, inputs.teacher)
-    check_fp8(recipe, inputs.student, inputs.teacher)
+    check_fp8(recipe, setup_of(recipe), inputs.student, inputs.teacher)
     megatron_arguments(recipe, inputs)
     check_memory(recipe)
     check_disk(Path(recipe.run_dir), parameter_count(inputs.student), recipe.train.precision)

@@ -16,6 +16,7 @@ from megatron_sgopd.cluster.hardware import GIB, Device, allowance
 from megatron_sgopd.cluster.times import Calibration, Spread, Workload
 from megatron_sgopd.config import Recipe
 from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.fp8 import check_fp8_layout
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.logprobs import default_chunk_tokens
 from megatron_sgopd.models.provider import padded_vocab_size
@@ -143,6 +144,34 @@ def setup_of(recipe: Recipe, ranks: int | None = None) -> Setup:
     )
 
 
+def check_divides(setup: Setup, student: Architecture, teacher: Architecture | None, responses: int) -> None:
+    """Models, ranks and the responses of a step divide as a setup asks.
+
+    Raises:
+        ConfigError: naming the first that does not.
+    """
+    student.check_parallel(setup.tensor, setup.pipeline)
+    student.check_parallel(setup.rollout_tensor, 1)
+    if teacher is not None:
+        teacher.check_parallel(setup.teacher_tensor, setup.teacher_pipeline, setup.teacher_expert)
+    for name, size in (
+        ("parallel.tensor x parallel.pipeline", setup.tensor * setup.pipeline),
+        (
+            "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel",
+            setup.teacher_tensor * setup.teacher_pipeline * setup.teacher_expert,
+        ),
+        ("rollout.tensor_parallel", setup.rollout_tensor),
+    ):
+        if setup.ranks % size:
+            raise ConfigError(f"{name} = {size} does not divide parallel.ranks={setup.ranks}")
+    if responses % (setup.student.data * setup.rows_per_microbatch):
+        raise ConfigError(
+            f"rollout.prompts_per_step x rollout.group_size = {responses} responses is not divisible by "
+            f"{setup.student.data} data-parallel ranks x train.rows_per_microbatch={setup.rows_per_microbatch}: "
+            "change one of them"
+        )
+
+
 def planner_of(
     recipe: Recipe,
     method: Method,
@@ -245,30 +274,13 @@ class Planner:
     def undivided(self, setup: Setup) -> str | None:
         """Why models, ranks and batch do not divide as the setup asks; None if they do."""
         try:
-            self._student.check_parallel(setup.tensor, setup.pipeline)
-            self._student.check_parallel(setup.rollout_tensor, 1)
-            if self._teacher is not None:
-                self._teacher.check_parallel(setup.teacher_tensor, setup.teacher_pipeline, setup.teacher_expert)
+            check_divides(setup, self._student, self._teacher, self._work.responses)
+            check_fp8_layout(self._recipe, setup, self._student, self._teacher)
         except ConfigError as error:
             return str(error)
         laid_out = setup.teacher_tensor, setup.teacher_pipeline
         if self._recipe.sgopd.estimator == "full" and (setup.offload or laid_out != (setup.tensor, setup.pipeline)):
             return "sgopd.estimator=full needs the teacher laid out as the student, and on the device"
-        sizes = {
-            "parallel.tensor x parallel.pipeline": setup.tensor * setup.pipeline,
-            "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel": setup.teacher_tensor
-            * setup.teacher_pipeline
-            * setup.teacher_expert,
-            "rollout.tensor_parallel": setup.rollout_tensor,
-        }
-        for name, size in sizes.items():
-            if setup.ranks % size:
-                return f"{name} = {size} does not divide {setup.ranks} ranks"
-        if self._work.responses % (setup.student.data * setup.rows_per_microbatch):
-            return (
-                f"{self._work.responses} responses a step do not divide into {setup.student.data} data-parallel ranks "
-                f"x {setup.rows_per_microbatch} rows"
-            )
         return None
 
     # ---- Search -----------------------------------------------------------------------------------------
@@ -366,7 +378,7 @@ class Planner:
     def _phases(self, setup: Setup) -> dict[str, dict[str, int]]:
         resident, engine = self._resident(setup), self._engine(setup)
         asleep = {"engine": round(allowance("engine_asleep_gib") * GIB)} if self._device.gpu else engine
-        bucket = 2 * self._recipe.rollout.sync_bucket_mib * 2**20
+        bucket = self._recipe.rollout.sync_bucket_mib * 2**20
         largest = 2 * self._student.hidden_size * padded_vocab_size(self._student, setup.tensor)
         phases = {
             "sync": resident

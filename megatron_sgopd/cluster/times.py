@@ -113,7 +113,7 @@ def forward_seconds(
     """A forward pass over all rows, as a scorer makes it."""
     compute = _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("forward")
     microbatches = rows // spread.data / rows_per_microbatch
-    return (compute + _tensor_seconds(architecture, spread, work, rows, device)) * _bubble(spread, microbatches)
+    return (compute + _exchange_seconds(architecture, spread, work, rows, device)) * _bubble(spread, microbatches)
 
 
 def train_seconds(
@@ -134,13 +134,13 @@ def train_seconds(
     passes = 4 if recompute else 3
     compute = passes * _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("train")
     microbatches = rows // spread.data / rows_per_microbatch
-    tensor = (passes - 1) * _tensor_seconds(architecture, spread, work, rows, device)
+    within_layers = (passes - 1) * _exchange_seconds(architecture, spread, work, rows, device)
     elements = shard_elements(architecture, spread.layout, 0)
     share = (spread.data - 1) / spread.data
     exchange = 6 * share * elements / spread.bandwidth(device, spread.ranks)
     hidden = 2 * compute / passes / microbatches  # behind the last microbatch's backward pass
     state = 2 * (18 * elements / optimizer_shards) / device.memory_bandwidth
-    return (compute + tensor) * _bubble(spread, microbatches) + max(0.0, exchange - hidden) + state
+    return (compute + within_layers) * _bubble(spread, microbatches) + max(0.0, exchange - hidden) + state
 
 
 def _last_stage_seconds(
@@ -153,12 +153,17 @@ def _last_stage_seconds(
     return (in_layers / peak + in_output / device.bf16_flops) / (spread.layout.tensor * spread.data)
 
 
-def _tensor_seconds(architecture: Architecture, spread: Spread, work: Workload, rows: int, device: Device) -> float:
-    """Exchange within the layers in one pass: two sums over the ranks a layer, of two bytes a number, sent twice."""
-    t = spread.layout.tensor
+def _exchange_seconds(architecture: Architecture, spread: Spread, work: Workload, rows: int, device: Device) -> float:
+    """Exchange within the layers in one pass, of two bytes a number.
+
+    Over tensor-parallel ranks two sums a layer, sent twice; over expert-parallel ones tokens to their experts and back.
+    """
+    t, e = spread.layout.tensor, spread.layout.expert
     tokens = rows * work.row_tokens / spread.data / spread.layout.pipeline
-    sent = tokens * architecture.num_layers * 2 * 2 * 2 * architecture.hidden_size * (t - 1) / t
-    return sent / spread.bandwidth(device, t)
+    numbers = tokens * architecture.num_layers * architecture.hidden_size
+    summed = 2 * 2 * 2 * numbers * (t - 1) / t / spread.bandwidth(device, t)
+    routed = 2 * 2 * numbers / t * architecture.experts_per_token * (e - 1) / e / spread.bandwidth(device, t * e)
+    return summed + routed
 
 
 def _bubble(spread: Spread, microbatches: float) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_sgopd.checks import method_of
+from megatron_sgopd.cluster.plan import setup_of
 from megatron_sgopd.config import Recipe
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_device, check_fp8, training_flags
@@ -24,6 +25,11 @@ def recipe(*changes: str) -> Recipe:
     return load_recipe(EXAMPLE / "recipe.yaml", changes)
 
 
+def check(changes: list[str], student: Architecture, teacher: Architecture) -> None:
+    changed = recipe(*changes)
+    check_fp8(changed, setup_of(changed), student, teacher)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -34,7 +40,7 @@ def recipe(*changes: str) -> Recipe:
     ],
 )
 def test_what_can_run_is_accepted(models: tuple[Architecture, Architecture], changes: list[str]) -> None:
-    check_fp8(recipe(*changes), *models)
+    check(changes, *models)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +61,13 @@ def test_what_cannot_is_refused_with_the_mend(
     models: tuple[Architecture, Architecture], changes: list[str], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        check_fp8(recipe(*changes), *models)
+        check(changes, *models)
 
 
 def test_sizes_that_tensor_parallelism_leaves_too_odd_are_refused(tiny_models: dict[str, Path]) -> None:
     tiny = read_architecture(tiny_models["qwen2"])  # 96 / 4 = 24 rows of an MLP's weight on a rank
     with pytest.raises(ConfigError, match=r"tensor parallel size 4 intermediate size / TP of .* is 24"):
-        check_fp8(recipe("fp8.format=hybrid", "parallel.tensor=4"), tiny, tiny)
+        check(["fp8.format=hybrid", "parallel.tensor=4"], tiny, tiny)
 
 
 @pytest.mark.parametrize("setting", ["fp8.recipe=mxfp8", "fp8.teacher=delayed", "fp8.format=e5m2"])

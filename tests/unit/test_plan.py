@@ -1,5 +1,6 @@
 """The planner against published figures, against arithmetic, and what it says to a user."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -145,6 +146,22 @@ def test_twice_the_responses_or_layers_take_twice_as_long(tmp_path: Path, second
     assert seconds(twice_as_deep, one, one.rows(4)) == pytest.approx(2 * base, rel=0.1)
 
 
+def test_tokens_travel_to_their_experts_and_back() -> None:
+    moe = read_architecture(EXAMPLES / "qwen3_30b_a3b_to_1p7b/configs/teacher", with_weights=False)
+    few = dataclasses.replace(moe, experts_per_token=4)
+
+    def added(architecture: Architecture, expert: int) -> float:
+        alone, spread = (times.Spread(ParallelLayout(expert=e), 16) for e in (1, expert))
+        passes = [times.forward_seconds(architecture, s, work(), 16, 1, H100) for s in (spread, alone)]
+        return passes[0] - passes[1]
+
+    # 8 experts a token, 7 of 8 elsewhere: 2048 numbers of two bytes, there and back, in 48 layers.
+    sent = 4096 * 8 * 7 / 8 * 2048 * 2 * 2 * 48
+    assert added(moe, 8) == pytest.approx(sent / times.Spread(ParallelLayout(), 1).bandwidth(H100, 8), rel=1e-6)
+    assert added(few, 8) == pytest.approx(added(moe, 8) / 2, rel=1e-6)
+    assert added(moe, 16) > 2 * added(moe, 8)  # over the network
+
+
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
     models = [f"--set=model.path={LLAMA}/configs/student", f"--set=teacher.path={LLAMA}/configs/teacher"]
     code = main(["plan", str(LLAMA / "recipe.yaml"), *models, "--json", *arguments])
@@ -167,6 +184,13 @@ def test_layouts_that_are_proposed_fit_and_the_recipes_own_one_does(
         assert all(sum(parts.values()) <= found["usable_bytes"] for parts in one["phase_bytes"].values())
     if gpus == 32:
         assert found["recipe"]["fits"], found["recipe"]["problems"]
+
+
+def test_no_layout_is_proposed_that_fp8_cannot_multiply(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found, _ = plan(capsys, "--gpus=32", "--set=train.row_tokens=4104", "--set=fp8.format=hybrid")
+    assert found["best"]
+    for one in found["best"]:  # 4104 is 8 more than a multiple of 16
+        assert one["settings"]["train.rows_per_microbatch"] * 4104 % (16 * one["settings"]["parallel.tensor"]) == 0
 
 
 def test_what_is_impossible_is_refused_with_the_nearest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
