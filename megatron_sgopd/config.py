@@ -67,7 +67,7 @@ class RolloutSettings:
     memory_fraction: float = Field(default=0.4, gt=0, lt=1)
     """Share of the GPU's memory that the engine may take, weights included (CUDA)."""
     sync_bucket_mib: int = Field(default=256, ge=1)
-    """Largest piece in which weights travel from trainer to engine, in MiB."""
+    """Memory for weights on their way from trainer to engine, in MiB; a weight that is larger travels alone."""
 
 
 @dataclass(frozen=True, config=_STRICT)

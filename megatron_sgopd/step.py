@@ -27,7 +27,7 @@ from megatron_sgopd.rollout.packing import PackedRows, pack
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.teacher_rollouts import NOTHING_TAUGHT, Taught
 from megatron_sgopd.rollout.trajectory import Trajectory
-from megatron_sgopd.rollout.weight_sync import sync_weights
+from megatron_sgopd.rollout.weight_sync import compared_rows, sync_weights
 
 if TYPE_CHECKING:
     from megatron_sgopd.run import Run
@@ -115,10 +115,11 @@ def sync(run: Run) -> None:
     assert run.engine is not None
     with run.phase("sync"):
         student, groups = run.student, run.student.groups
-        digests = shard_digests(student.model, student.architecture, groups)
-        bucket_bytes = run.settings.rollout.sync_bucket_mib * 2**20
-        weights = export_weights(student.model, student.architecture, groups, bucket_bytes)
-        sync_weights(run.engine, weights, digests)
+        rows = compared_rows(run.engine)
+        digests = shard_digests(student.model, student.architecture, groups, rows)
+        memory_bytes = run.settings.rollout.sync_bucket_mib * 2**20
+        weights = export_weights(student.model, student.architecture, groups, memory_bytes)
+        sync_weights(run.engine, weights, digests, rows)
 
 
 def generate(run: Run, batch: Batch) -> Batch:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,9 +12,26 @@ _CHUNK = 1 << 18
 """Elements at a time: their products stay in a core's cache."""
 _ROWS, _COLUMNS = 1, 2
 """Summands that keep their numbers apart: twice an index and the first is odd, with the second even, and never 0."""
+_SMALL = 1 << 16
+"""Elements of tensors that are always read whole."""
 
 
-def tensor_digest(tensor: torch.Tensor) -> int:
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a digest reads: every `step`-th from `first` on, counted along a tensor's first axis."""
+
+    step: int = 1
+    first: int = 0
+
+    def skipped(self, number: int) -> int:
+        """Rows to pass over before the next one that is read, from row `number` on."""
+        return (self.first - number) % self.step
+
+
+ALL_ROWS = Rows()
+
+
+def tensor_digest(tensor: torch.Tensor, rows: Rows = ALL_ROWS) -> int:
     """A 64-bit digest of a tensor's bits and their order: equal tensors of one dtype have equal digests.
 
     With x_ij a number made of the bits of row i and column j (all axes but the first),
@@ -24,8 +43,11 @@ def tensor_digest(tensor: torch.Tensor) -> int:
     sees the highest bits. A change of one element always shows, since its product with odd numbers is not 0. Random
     changes of several are missed with a chance of about 2^-64, pairs of flipped signs with 2^-32, and only pairs that
     change nothing but the highest bit of x always. Sums over parts are the whole's.
+
+    Args:
+        rows: those that are read of a tensor of more than 65,536 elements; i counts the others too.
     """
-    return digest_of(grouped_digest(tensor[None], tuple(tensor.shape), axis=0, start=0).tolist())
+    return digest_of(grouped_digest(tensor[None], tuple(tensor.shape), axis=0, start=0, rows=rows).tolist())
 
 
 def digest_of(halves: Iterable[int]) -> int:
@@ -34,7 +56,9 @@ def digest_of(halves: Iterable[int]) -> int:
     return first << 32 | second
 
 
-def grouped_digest(grouped: torch.Tensor, shape: Sequence[int], axis: int, start: int) -> torch.Tensor:
+def grouped_digest(
+    grouped: torch.Tensor, shape: Sequence[int], axis: int, start: int, rows: Rows = ALL_ROWS
+) -> torch.Tensor:
     """What a slab, seen as [groups, rows, *rest], adds to the halves of its tensor's digest: int64 [2] on its device.
 
     Args:
@@ -44,14 +68,17 @@ def grouped_digest(grouped: torch.Tensor, shape: Sequence[int], axis: int, start
     assert len(shape) < 3 or axis == 0, "columns are counted over all axes but the first"
     first_row, first_column = (start, 0) if axis == 0 else (0, start)
     halves = torch.zeros(2, dtype=torch.int64, device=grouped.device)
-    for group, rows in enumerate(grouped.detach()):
-        if not rows.numel():
+    read = rows if math.prod(shape) > _SMALL else ALL_ROWS
+    for group, part in enumerate(grouped.detach()):
+        if not part.numel():
             continue
-        matrix = rows.reshape(rows.shape[0], -1)
+        number = first_row + group * len(part)
+        skipped = read.skipped(number)
+        matrix = part.reshape(len(part), -1)[skipped :: read.step]
         height, width = matrix.shape
         columns_2C = _odd_numbers(_COLUMNS, first_column, width, grouped.device)
         ones_2 = columns_2C.sum(1, dtype=torch.int32)
-        rows_2R = _odd_numbers(_ROWS, first_row + group * height, height, grouped.device)
+        rows_2R = _odd_numbers(_ROWS, number + skipped, height, grouped.device, read.step)
         step = max(1, _CHUNK // width)
         products = torch.empty(min(step, height), width, dtype=torch.int32, device=grouped.device)
         for begin in range(0, height, step):
@@ -71,9 +98,10 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
 
 
-def _odd_numbers(kind: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Two pseudo-random odd numbers for each index of a kind from `first` on, int32 [2, count]."""
-    mixed = _mix((torch.arange(first, first + count, dtype=torch.int64, device=device) << 1) + kind)
+def _odd_numbers(kind: int, first: int, count: int, device: torch.device, step: int = 1) -> torch.Tensor:
+    """Two pseudo-random odd numbers for each `step`-th index of a kind from `first` on, int32 [2, count]."""
+    indices = torch.arange(first, first + count * step, step, dtype=torch.int64, device=device)
+    mixed = _mix((indices << 1) + kind)
     return torch.stack([mixed, mixed >> 32]).to(torch.int32).bitwise_or_(1)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +10,10 @@ import torch.distributed as dist
 
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import Architecture
-from megatron_sgopd.models.digests import digest_of, grouped_digest
+from megatron_sgopd.models.digests import ALL_ROWS, Rows, digest_of, grouped_digest
 from megatron_sgopd.models.families.base import Layout
 from megatron_sgopd.models.huggingface import HuggingFaceWeights
+from megatron_sgopd.models.transfers import Source, carry_out, plan_transfers
 from megatron_sgopd.models.weight_map import Parameter, owned_parameters, parameters
 
 if TYPE_CHECKING:
@@ -103,92 +102,28 @@ def fill_whole_model(
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a parameter is: its stage, the expert-parallel rank that holds it (0 if all do), and its dtype."""
-
-    stage: int
-    expert_rank: int
-    dtype: torch.dtype
-
-
-@dataclass
-class _Bucket:
-    """Parameters that travel together."""
-
-    source: _Source
-    group: dist.ProcessGroup
-    """Whose ranks hold a shard each."""
-    members: list[Parameter]
-    nbytes: int
-
-
 def export_weights(
-    model: GPTModel, architecture: Architecture, groups: ProcessGroupCollection, bucket_bytes: int
+    model: GPTModel, architecture: Architecture, groups: ProcessGroupCollection, memory_bytes: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream the whole model under Hugging Face names, in the same order to every rank of the model.
 
     Collective: every rank must take every tensor. Order: embedding, layers, final norm, output layer (none
-    where tied). A tensor stays valid after the next one is asked for; without parallelism, or where a
-    tensor arrives alone, it may be a view of the model's own weight, so it must not be written to. Each
-    shard first goes to the other experts' ranks and crosses the pipeline, then its tensor-parallel ranks
-    gather it: the slow links carry 1/TP of the bytes.
+    where tied). A tensor stays valid after the next one is asked for, and may be a view of others' memory or of the
+    model's own weight: it must not be written to, and holding one holds its transfer.
 
     Args:
-        bucket_bytes: limit of the gathered bytes of one collective; a larger parameter travels alone.
+        memory_bytes: what the tensors that are on their way may take; see `plan_transfers`.
     """
     held = _bind(model, architecture, groups)
-    for bucket in _buckets(architecture, held, groups, model.vocab_size, bucket_bytes):
-        tensor, source = bucket.group.size(), bucket.source
-        if tensor == groups.pp.size() == groups.ep.size() == 1:
-            for member in bucket.members:
-                yield from member.assemble(held[member][None])
-            continue
-        shapes = [member.shard_shape(tensor, model.vocab_size) for member in bucket.members]
-        sizes = [math.prod(shape) for shape in shapes]
-        if bucket.members[0] in held:
-            flat = [held[member].flatten() for member in bucket.members]
-            packed = flat[0] if len(flat) == 1 else torch.cat(flat)
-        else:
-            packed = torch.empty(sum(sizes), dtype=source.dtype, device=_device(model))
-        if groups.ep.size() > 1 and bucket.members[0].expert is not None and groups.pp.rank() == source.stage:
-            dist.broadcast(packed, group=groups.ep, group_src=source.expert_rank)
-        if groups.pp.size() > 1:
-            dist.broadcast(packed, group=groups.pp, group_src=source.stage)
-        if tensor > 1:
-            gathered = packed.new_empty(tensor * packed.numel())
-            dist.all_gather_into_tensor(gathered, packed, group=bucket.group)
-            packed = gathered
-        parts = packed.view(tensor, -1).split(sizes, dim=1)
-        for member, shape, part in zip(bucket.members, shapes, parts, strict=True):
-            yield from member.assemble(part.unflatten(1, shape))
-
-
-def _buckets(
-    architecture: Architecture,
-    held: Mapping[Parameter, torch.Tensor],
-    groups: ProcessGroupCollection,
-    padded_vocab_size: int,
-    bucket_bytes: int,
-) -> list[_Bucket]:
-    """Consecutive parameters of one source and group, up to `bucket_bytes` together."""
-    buckets: list[_Bucket] = []
-    for parameter, source in _sources(architecture, held, groups):
-        group = _shard_group(parameter, groups)
-        nbytes = group.size() * math.prod(parameter.shard_shape(group.size(), padded_vocab_size))
-        nbytes *= source.dtype.itemsize
-        last = buckets[-1] if buckets else None
-        if last and (last.source, last.group) == (source, group) and last.nbytes + nbytes <= bucket_bytes:
-            last.members.append(parameter)
-            last.nbytes += nbytes
-        else:
-            buckets.append(_Bucket(source, group, [parameter], nbytes))
-    return buckets
+    sources = _sources(architecture, held, groups)
+    sizes = groups.tp.size(), groups.expt_tp.size()
+    for transfer in plan_transfers(sources, *sizes, model.vocab_size, memory_bytes):
+        yield from carry_out(transfer, held, groups, _device(model))
 
 
 def _sources(
     architecture: Architecture, held: Mapping[Parameter, torch.Tensor], groups: ProcessGroupCollection
-) -> Iterator[tuple[Parameter, _Source]]:
+) -> Iterator[tuple[Parameter, Source]]:
     """Each parameter with its source, which only the ranks that hold it know by themselves."""
     owned = owned_parameters(architecture)
     kinds = len(_DTYPES)
@@ -209,7 +144,7 @@ def _sources(
         assert number, f"no rank holds {parameter.pieces[0].name}"
         place, dtype = divmod(number - 1, kinds)
         stage, expert_rank = divmod(place, groups.ep.size())
-        yield parameter, _Source(stage, expert_rank, _DTYPES[dtype])
+        yield parameter, Source(stage, expert_rank, _DTYPES[dtype])
 
 
 def _device(model: GPTModel) -> torch.device:
@@ -219,7 +154,9 @@ def _device(model: GPTModel) -> torch.device:
 # ---- Digests --------------------------------------------------------------------------------------------
 
 
-def shard_digests(model: GPTModel, architecture: Architecture, groups: ProcessGroupCollection) -> dict[str, int]:
+def shard_digests(
+    model: GPTModel, architecture: Architecture, groups: ProcessGroupCollection, rows: Rows = ALL_ROWS
+) -> dict[str, int]:
     """`tensor_digest` of every tensor that `export_weights` yields, from the shards where they are.
 
     Collective; all ranks get the same answer, in the order of export. A replicated parameter is read on the
@@ -234,7 +171,7 @@ def shard_digests(model: GPTModel, architecture: Architecture, groups: ProcessGr
             parts = {
                 name: part
                 for parameter in members
-                for name, part in _digest_parts(parameter, held.get(parameter), reduced[0], model).items()
+                for name, part in _digest_parts(parameter, held.get(parameter), reduced[0], model, rows).items()
             }
             total = torch.stack(list(parts.values()))
             for group in reduced:
@@ -245,13 +182,13 @@ def shard_digests(model: GPTModel, architecture: Architecture, groups: ProcessGr
 
 
 def _digest_parts(
-    parameter: Parameter, weight: torch.Tensor | None, group: dist.ProcessGroup, model: GPTModel
+    parameter: Parameter, weight: torch.Tensor | None, group: dist.ProcessGroup, model: GPTModel, rows: Rows
 ) -> dict[str, torch.Tensor]:
     """What this rank adds to the halves of the digest of each of a parameter's pieces, int64 [2]."""
     nothing = torch.zeros(2, dtype=torch.int64, device=_device(model))
     if weight is None or (group.rank() > 0 and parameter.layout is Layout.REPLICATED):
         return {piece.name: nothing for piece in parameter.pieces}
     return {
-        slab.piece.name: grouped_digest(slab.view(weight), slab.piece.shape, slab.axis, slab.start)
+        slab.piece.name: grouped_digest(slab.view(weight), slab.piece.shape, slab.axis, slab.start, rows)
         for slab in parameter.slabs(group.rank(), group.size(), model.vocab_size)
     }

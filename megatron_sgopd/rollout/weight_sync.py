@@ -7,18 +7,31 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megatron_sgopd.errors import Alarm
-from megatron_sgopd.models.digests import tensor_digest
+from megatron_sgopd.models.digests import ALL_ROWS, Rows, tensor_digest
 from megatron_sgopd.rollout.engine import RolloutEngine
+
+_ROWS_BETWEEN = 16
+
+
+def compared_rows(engine: RolloutEngine) -> Rows:
+    """Those that the engine's next sync compares.
+
+    All of them at its first, which shows whatever is wrong with names, shapes and shards; then one of sixteen, others
+    each time, which shows what was left out, stale or out of place at a sixteenth of the work.
+    """
+    version = engine.weight_version
+    return Rows(_ROWS_BETWEEN, version % _ROWS_BETWEEN) if version else ALL_ROWS
 
 
 def sync_weights(
-    engine: RolloutEngine, weights: Iterator[tuple[str, torch.Tensor]], digests: Mapping[str, int]
+    engine: RolloutEngine, weights: Iterator[tuple[str, torch.Tensor]], digests: Mapping[str, int], rows: Rows
 ) -> None:
     """Load `weights` into the engine and compare each tensor, as the engine took it, with its digest.
 
     Args:
-        weights: full tensors under Hugging Face names, streamed in bounded buckets.
-        digests: what the trainer's shards hold, computed in place before anything was sent.
+        weights: full tensors under Hugging Face names.
+        digests: of what the trainer's shards hold, computed in place before anything was sent.
+        rows: those that the digests read.
 
     Raises:
         Alarm: a tensor is missing, unknown, or differs from the trainer's.
@@ -27,7 +40,7 @@ def sync_weights(
 
     def checked() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            received[name] = tensor_digest(tensor)
+            received[name] = tensor_digest(tensor, rows)
             yield name, tensor
 
     engine.load_weights(checked())

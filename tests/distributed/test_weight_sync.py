@@ -22,7 +22,7 @@ def check_sync() -> None:
     from megatron_sgopd.models.digests import tensor_digest
     from megatron_sgopd.rollout.engine import RolloutEngine
     from megatron_sgopd.rollout.prompts import Prompt
-    from megatron_sgopd.rollout.weight_sync import sync_weights
+    from megatron_sgopd.rollout.weight_sync import compared_rows, sync_weights
 
     dist.init_process_group("gloo")
     engine = RolloutEngine(STUDENT, RolloutSettings(max_new_tokens=24, cache_gib=0.1), 64, seed=1)
@@ -36,9 +36,9 @@ def check_sync() -> None:
         for name, tensor in weights.items():
             if kind in name:
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator) * tensor.std().clamp(min=0.1)
-        digests = {name: tensor_digest(tensor) for name, tensor in weights.items()}
-        version = engine.weight_version
-        sync_weights(engine, iter(weights.items()), digests)
+        version, rows = engine.weight_version, compared_rows(engine)
+        digests = {name: tensor_digest(tensor, rows) for name, tensor in weights.items()}
+        sync_weights(engine, iter(weights.items()), digests, rows)
         assert engine.weight_version == version + 1
         model.load_state_dict(weights, strict=False)
         for temperature in (1.0, 0.7):
@@ -60,7 +60,7 @@ def check_sync() -> None:
         else:
             del digests[last]
         with pytest.raises(Alarm, match=last):
-            sync_weights(engine, iter(sent.items()), digests)
+            sync_weights(engine, iter(sent.items()), digests, rows)
 
     # What is sampled depends on run seed, step, prompt and sample, not on who is sampled beside it.
     together = engine.generate(prompts, [2] * len(prompts), 1.0, run_seed=7, step=3)

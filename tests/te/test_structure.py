@@ -84,7 +84,7 @@ def load_and_export(models: str) -> None:
             assert any(name.endswith("mlp.linear_fc1.layer_norm_weight") for name in names) == dense, names
             assert any(name.endswith("_extra_state") for name in model.state_dict()), "FP8's state is no weight"
             digests = shard_digests(model, architecture, groups)
-            exported = dict(export_weights(model, architecture, groups, bucket_bytes=1 << 20))
+            exported = dict(export_weights(model, architecture, groups, memory_bytes=1 << 20))
             original = load_file(folder / "model.safetensors")
             assert exported.keys() == original.keys() == digests.keys()
             for name, tensor in exported.items():

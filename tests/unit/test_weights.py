@@ -1,6 +1,7 @@
 """Shapes, shards and digests as pure functions of table and layout; real models: tests/distributed."""
 
 import dataclasses
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from megatron_sgopd.models.architecture import Architecture, read_architecture
-from megatron_sgopd.models.digests import digest_of, grouped_digest, tensor_digest
+from megatron_sgopd.models.digests import Rows, digest_of, grouped_digest, tensor_digest
 from megatron_sgopd.models.families import FAMILIES
 from megatron_sgopd.models.families.base import Layout
 from megatron_sgopd.models.weight_map import (
@@ -158,9 +159,13 @@ def test_every_parameter_has_one_owner(
         ]
 
 
-@given(layouts())
-def test_digests_of_slabs_add_up_to_the_tensor_digest(layout: tuple[Architecture, int, int]) -> None:
+@unittest.mock.patch("megatron_sgopd.models.digests._SMALL", 0)
+@given(layouts(), st.integers(1, 5), st.integers(0, 4))
+def test_digests_of_slabs_add_up_to_the_tensor_digest(
+    layout: tuple[Architecture, int, int], step: int, first: int
+) -> None:
     architecture, tensor, padded_vocab_size = layout
+    rows = Rows(step, first % step)
     for parameter in parameters(architecture):
         for index, piece in enumerate(_numbered(parameter)):
             weight = piece.to(torch.float32)
@@ -168,8 +173,8 @@ def test_digests_of_slabs_add_up_to_the_tensor_digest(layout: tuple[Architecture
             for rank in range(1 if parameter.layout is Layout.REPLICATED else tensor):
                 slab = parameter.slabs(rank, tensor, padded_vocab_size)[index]
                 span = weight.narrow(slab.axis, slab.start, slab.stop - slab.start)
-                total += grouped_digest(span[None], weight.shape, slab.axis, slab.start)
-            assert digest_of(total.tolist()) == tensor_digest(weight)
+                total += grouped_digest(span[None], weight.shape, slab.axis, slab.start, rows)
+            assert digest_of(total.tolist()) == tensor_digest(weight, rows)
 
 
 def test_query_groups_lie_in_megatrons_order() -> None:
@@ -228,6 +233,20 @@ def test_the_digest_does_not_depend_on_how_the_tensor_lies_in_memory(monkeypatch
     assert tensor_digest(weight.T.contiguous().T) == whole
     monkeypatch.setattr("megatron_sgopd.models.digests._CHUNK", 7)
     assert tensor_digest(weight) == whole
+
+
+def test_of_a_large_tensor_a_change_shows_to_those_who_read_its_row() -> None:
+    weight = torch.zeros(300, 256)
+    changed = weight.clone()
+    changed[201, 17] = 1.0
+    seen = [
+        first
+        for first in range(16)
+        if tensor_digest(weight, Rows(16, first)) != tensor_digest(changed, Rows(16, first))
+    ]
+    assert seen == [201 % 16]
+    small, first = changed[:250], Rows(16, 0)  # 64,000 elements: read whole
+    assert tensor_digest(weight[:250], first) != tensor_digest(small, first)
 
 
 def test_the_digest_is_the_documented_formula() -> None:
