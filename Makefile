@@ -1,4 +1,4 @@
-.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu lint bench setup setup-gpu models compare
+.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu lint bench bench-peers setup setup-gpu models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -26,10 +26,10 @@ slurm-deps:  ## Debian's Slurm and shellcheck, for test-slurm
 test-te: setup .te/requirements.txt  ## models of Transformer Engine's layers, without a GPU: structure, no numerics
 	PYTHONPATH=.te OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/te
 
-.te/requirements.txt: requirements/te.txt | setup  # beside .venv, since the other tests must not see it
-	rm -rf .te .te.part
-	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --target .te.part --requirements requirements/te.txt
-	cp requirements/te.txt .te.part/requirements.txt && mv .te.part .te && touch .te/requirements.txt
+.%/requirements.txt: requirements/%.txt | setup  # beside .venv, since all else must not see it
+	rm -rf .$* .$*.part
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --target .$*.part --requirements requirements/$*.txt
+	cp requirements/$*.txt .$*.part/requirements.txt && mv .$*.part .$* && touch .$*/requirements.txt
 
 test-gpu: setup-gpu  ## everything that takes a GPU; nothing of it has been run yet
 	.venv-cuda/bin/python -m pytest tests/gpu -m "long or not long"
@@ -40,6 +40,9 @@ lint: setup  ## style and types
 bench: setup  ## figures beside their floors, on a quiet machine; JSON=--json for tools/bench/compare.py
 	status=0; for bench in packing verify scorer weight_sync end_to_end; do \
 		.venv/bin/python tools/bench/$$bench.py $(JSON) || status=1; done; exit $$status
+
+bench-peers: setup .trl/requirements.txt  ## beside TRL's trainer, on a quiet machine: 20 minutes
+	.venv/bin/python tools/bench/peers.py $(JSON)
 
 compare: setup  ## methods side by side, and with and without teacher rollouts; hours, goes on when started again
 	.venv/bin/megatron-sgopd compare examples/arithmetic_cpu/compare.yaml --methods sgopd,sgopd_scaled,opd,exopd,opdvr,grpo \

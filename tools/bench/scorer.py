@@ -1,16 +1,20 @@
 """.venv/bin/python tools/bench/scorer.py [--layers 8] [--rows 24] [--json]
 
 Scoring by a frozen model, log-probs gathered and all, against a bare forward pass of the same Megatron model over the
-same packed rows, logits included; and how time grows with layers and rows. One process, float32.
+same packed rows, logits included; how time grows with layers and rows, and memory with rows. One process at a time,
+float32.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,32 @@ def main() -> int:
     from megatron_models import each_layout
 
     with tempfile.TemporaryDirectory() as root:
+        # Memory first and in processes of their own, which start with an empty heap.
+        peaks = [_in_new_process(peak_of_scoring, root, options.layers, n * options.rows) for n in (1, 4)]
         for _ in each_layout(((1, 1, 1),)):
             figures = measure(Path(root), options.layers, options.rows)
-    return report("scorer", figures, options.json)
+    grown = Figure("peak memory of four times the rows over once", peaks[1] / peaks[0], "", 1.0, at_most=1.1)
+    return report("scorer", [*figures, grown], options.json)
+
+
+def _in_new_process(function: Callable[..., float], *arguments: Any) -> float:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def peak_of_scoring(root: str, layers: int, rows: int) -> float:
+    """Bytes that scoring takes at most, beside the model and the rows themselves."""
+    from megatron_models import each_layout
+
+    for _ in each_layout(((1, 1, 1),)):
+        from megatron_sgopd.platform import current
+
+        one, batch = scorer(Path(root), layers), packed_rows(rows)
+        before = current().memory_used()
+        current().reset_peak_memory()
+        one.score(batch, 1.0)
+        peak = current().peak_memory() - before
+    return float(peak)
 
 
 def measure(root: Path, layers: int, rows: int) -> list[Figure]:
