@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 _CHUNK = 1 << 18
-"""Elements at a time: their products stay in a core's cache."""
+"""Elements at a time on a CPU: their products stay in a core's cache."""
+_GPU_CHUNK = 1 << 22
+"""Enough to be worth a kernel's start."""
 _ROWS, _COLUMNS = 1, 2
 """Summands that keep their numbers apart: twice an index and the first is odd, with the second even, and never 0."""
 _SMALL = 1 << 16
@@ -47,7 +49,12 @@ def tensor_digest(tensor: torch.Tensor, rows: Rows = ALL_ROWS) -> int:
     Args:
         rows: those that are read of a tensor of more than 65,536 elements; i counts the others too.
     """
-    return digest_of(grouped_digest(tensor[None], tuple(tensor.shape), axis=0, start=0, rows=rows).tolist())
+    return digest_of(digest_halves(tensor, rows).tolist())
+
+
+def digest_halves(tensor: torch.Tensor, rows: Rows = ALL_ROWS) -> torch.Tensor:
+    """The halves of `tensor_digest`, left where the tensor is: int64 [2]."""
+    return grouped_digest(tensor[None], tuple(tensor.shape), axis=0, start=0, rows=rows)
 
 
 def digest_of(halves: Iterable[int]) -> int:
@@ -69,6 +76,7 @@ def grouped_digest(
     first_row, first_column = (start, 0) if axis == 0 else (0, start)
     halves = torch.zeros(2, dtype=torch.int64, device=grouped.device)
     read = rows if math.prod(shape) > _SMALL else ALL_ROWS
+    chunk = _CHUNK if grouped.device.type == "cpu" else _GPU_CHUNK
     for group, part in enumerate(grouped.detach()):
         if not part.numel():
             continue
@@ -79,7 +87,7 @@ def grouped_digest(
         columns_2C = _odd_numbers(_COLUMNS, first_column, width, grouped.device)
         ones_2 = columns_2C.sum(1, dtype=torch.int32)
         rows_2R = _odd_numbers(_ROWS, number + skipped, height, grouped.device, read.step)
-        step = max(1, _CHUNK // width)
+        step = max(1, chunk // width)
         products = torch.empty(min(step, height), width, dtype=torch.int32, device=grouped.device)
         for begin in range(0, height, step):
             bits = _bits(matrix[begin : begin + step])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megatron_sgopd.errors import Alarm
-from megatron_sgopd.models.digests import ALL_ROWS, Rows, tensor_digest
+from megatron_sgopd.models.digests import ALL_ROWS, Rows, digest_halves, digest_of
 from megatron_sgopd.rollout.engine import RolloutEngine
 
 _ROWS_BETWEEN = 16
@@ -36,14 +36,15 @@ def sync_weights(
     Raises:
         Alarm: a tensor is missing, unknown, or differs from the trainer's.
     """
-    received: dict[str, int] = {}
+    halves: dict[str, torch.Tensor] = {}
 
     def checked() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            received[name] = tensor_digest(tensor, rows)
+            halves[name] = digest_halves(tensor, rows)
             yield name, tensor
 
     engine.load_weights(checked())
+    received = dict(zip(halves, map(digest_of, torch.stack(list(halves.values())).tolist()), strict=True))
     wrong = sorted(name for name in digests.keys() | received.keys() if digests.get(name) != received.get(name))
     if wrong:
         raise Alarm(

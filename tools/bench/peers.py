@@ -62,8 +62,8 @@ def cases(folder: Path) -> list[Case]:
     student, teacher = (endless(models / name, folder / name) for name in ("student", "teacher"))
     rows = ("train.row_tokens=512", "train.rows_per_microbatch=8")
     return [
-        Case("arithmetic", models / "student", models / "teacher", 64, 4e-4, 12, 1.0),
-        Case("long-tailed", student, teacher, 384, 1e-9, 6, 3.0, rows),
+        Case("arithmetic", models / "student", models / "teacher", 64, 4e-4, 6, 1.0),
+        Case("long-tailed", student, teacher, 384, 1e-9, 4, 3.0, rows),
     ]
 
 
