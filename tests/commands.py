@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[1]
@@ -18,16 +17,17 @@ def set_words(settings: Mapping[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
 
 
-def exported_weights(run_dir: Path, out: Path) -> dict[str, torch.Tensor]:
-    """The student of a run, exported to `out`.
+def same_students(one: Path, other: Path, folder: Path) -> bool:
+    """Whether the students of two runs, exported into `folder`, are the same to the last bit.
 
-    In a process of its own: Megatron leaves its marks in the environment.
+    Exported at the same time, by processes of their own: Megatron leaves its marks in the environment.
     """
-    command = [sys.executable, "-m", "megatron_sgopd.cli", "export", run_dir, out]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
-    return load_file(out / "model.safetensors")
-
-
-def same_weights(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """To the last bit."""
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    outs = [folder / "exported", folder / "exported_other"]
+    export = [sys.executable, "-m", "megatron_sgopd.cli", "export"]
+    exports = [
+        subprocess.Popen([*export, run, out], stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+        for run, out in zip((one, other), outs, strict=True)
+    ]
+    assert [process.wait() for process in exports] == [0, 0]
+    ours, theirs = (load_file(out / "model.safetensors") for out in outs)
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)

@@ -174,6 +174,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tiny_models: dict[st
     _check_refused(finished, "GiB free: free some space")
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_ends_with_what_to_do(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     # A limit on the size of files gives the same kind of error as a full disk, without one.
     limit = (

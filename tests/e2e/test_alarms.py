@@ -1,14 +1,18 @@
 """Faults planted into real runs: each stops the run with its diagnosis."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .conftest import STUDENT, TEACHER, train
+from .conftest import STUDENT, TEACHER, Finished, train
 
 ONE_RANK = {"parallel.ranks": 1, "parallel.tensor": 1, "train.steps": 5}
 
@@ -20,13 +24,13 @@ def changed_weights(source: Path, folder: Path, change: Callable[[torch.Tensor],
     return str(folder)
 
 
-def changed_batch(recorded: Path, folder: Path, change: Callable[[dict], None]) -> str:
+def changed_batch(recorded: Path, folder: Path, change: Callable[[dict], None]) -> Path:
     folder.mkdir()
     batch = json.loads((recorded / "step_000000.json").read_text())
     for trajectory in batch["trajectories"]:
         change(trajectory)
     (folder / "step_000000.json").write_text(json.dumps(batch))
-    return str(folder)
+    return folder
 
 
 def stale(trajectory: dict) -> None:
@@ -37,42 +41,60 @@ def empty(trajectory: dict) -> None:
     trajectory["token_ids"], trajectory["behaviour"] = [], []
 
 
-def diagnosis(tmp_path: Path, changes: dict) -> str:
-    finished = train(tmp_path / "run", ONE_RANK | changes)
+def replay(folder: Path) -> dict[str, Any]:
+    return {"logging.replay": str(folder)}
+
+
+PLANTED: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
+    "a teacher without weights": (
+        lambda batch, own: replay(batch) | {"teacher.path": changed_weights(TEACHER, own, torch.zeros_like)},
+        "-ln(vocabulary)",
+    ),
+    "a teacher with NaN": (
+        lambda batch, own: replay(batch) | {"teacher.path": changed_weights(TEACHER, own, lambda w: w * math.nan)},
+        "NaN",
+    ),
+    "rollouts of other weights": (
+        lambda batch, own: replay(changed_batch(batch, own, stale)),
+        "the engine holds other weights",
+    ),
+    "a student that says nothing": (
+        lambda batch, own: replay(changed_batch(batch, own, empty)),
+        "hold no token at all",
+    ),
+    "a student that never ends": (
+        lambda batch, own: {"rollout.max_new_tokens": 3, "data.heldout": None},
+        "every response of the last 3 steps was truncated",
+    ),
+    "a gradient that is no number": (
+        lambda batch, own: (
+            replay(batch)
+            | {"model.path": changed_weights(STUDENT, own, lambda w: w * math.inf), "sgopd.method": "grpo"}
+        ),
+        "loss is nan",
+    ),
+}
+"""Fault -> the settings that plant it, from a recorded batch and a folder of its own, and what the run must say."""
+
+
+@pytest.fixture(scope="module")
+def endings(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """All runs, of one rank each, two at a time."""
+
+    def run(fault: str) -> Finished:
+        folder = tmp_path_factory.mktemp("alarm")
+        return train(folder / "run", ONE_RANK | PLANTED[fault][0](recorded_batch, folder / "own"))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(PLANTED, pool.map(run, PLANTED), strict=True))
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_ends_the_run_with_its_diagnosis(endings: dict[str, Finished], fault: str):
+    finished = endings[fault]
     assert finished.code == 1
     assert "Traceback" not in finished.errors
-    return finished.errors
-
-
-def test_a_teacher_without_weights(recorded_batch: Path, tmp_path: Path):
-    blank = changed_weights(TEACHER, tmp_path / "teacher", torch.zeros_like)
-    assert "-ln(vocabulary)" in diagnosis(tmp_path, {"logging.replay": str(recorded_batch), "teacher.path": blank})
-
-
-def test_a_teacher_with_nan(recorded_batch: Path, tmp_path: Path):
-    broken = changed_weights(TEACHER, tmp_path / "teacher", lambda w: w * float("nan"))
-    assert "NaN" in diagnosis(tmp_path, {"logging.replay": str(recorded_batch), "teacher.path": broken})
-
-
-def test_rollouts_of_other_weights(recorded_batch: Path, tmp_path: Path):
-    batch = changed_batch(recorded_batch, tmp_path / "batch", stale)
-    assert "the engine holds other weights" in diagnosis(tmp_path, {"logging.replay": batch})
-
-
-def test_a_student_that_says_nothing(recorded_batch: Path, tmp_path: Path):
-    batch = changed_batch(recorded_batch, tmp_path / "batch", empty)
-    assert "hold no token at all" in diagnosis(tmp_path, {"logging.replay": batch})
-
-
-def test_a_student_that_never_ends(tmp_path: Path):
-    message = diagnosis(tmp_path, {"rollout.max_new_tokens": 3, "data.heldout": None})
-    assert "every response of the last 3 steps was truncated" in message
-
-
-def test_a_gradient_that_is_no_number(recorded_batch: Path, tmp_path: Path):
-    broken = changed_weights(STUDENT, tmp_path / "student", lambda w: w * float("inf"))
-    changes = {"logging.replay": str(recorded_batch), "model.path": broken, "sgopd.method": "grpo"}
-    assert "loss is nan" in diagnosis(tmp_path, changes)
+    assert PLANTED[fault][1] in finished.errors
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stage_named_and_every_rank_stack(tmp_path: Path):

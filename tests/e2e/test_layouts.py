@@ -1,21 +1,33 @@
 """One recorded batch under many layouts: the numbers do not depend on how the models are split."""
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from .conftest import STUDENT, TEACHER, Finished, succeed
 
+ONE_RANK = {"parallel.ranks": 1, "parallel.tensor": 1}
 LAYOUTS = {
-    "one rank": {"parallel.ranks": 1, "parallel.tensor": 1},
+    "one rank": ONE_RANK,
     "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2, "teacher.tensor_parallel": 1, "teacher.pipeline_parallel": 2},
     "PP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.pipeline": 2, "teacher.tensor_parallel": 1}
     | {"teacher.offload": True},
     "TP 2 x PP 2": {"parallel.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2},
     "DP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "teacher.tensor_parallel": 2},
 }
+
+
+OFTEN = ("one rank", "TP 2 x PP 2", "DP 2")
+"""The others hold nothing that these have not, but for a teacher of another layout."""
+
+
+def layouts(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -45,21 +57,21 @@ def transformers_logprobs(folder: Path, batch: dict) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(LAYOUTS))
 def test_student_logprobs_are_those_of_transformers(replayed, layout: str):
     run = replayed(layout)
     expected = transformers_logprobs(STUDENT, run.recorded_text(0))
     assert (run.recorded(0)["student_logprobs_T"] - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(LAYOUTS))
 def test_teacher_logprobs_are_those_of_transformers_whatever_the_teachers_layout(replayed, layout: str):
     run = replayed(layout)
     expected = transformers_logprobs(TEACHER, run.recorded_text(0))
     assert (run.recorded(0)["teacher_logprobs_T"] - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
+@pytest.mark.parametrize("layout", layouts(name for name in LAYOUTS if name != "one rank"))
 def test_logprobs_loss_and_gradient_do_not_depend_on_the_layout(replayed, layout: str):
     # float32 sums in another order: 1e-5 relative.
     run, single = replayed(layout), replayed("one rank")
@@ -70,27 +82,31 @@ def test_logprobs_loss_and_gradient_do_not_depend_on_the_layout(replayed, layout
     assert run.metrics[0]["grad_norm"] == pytest.approx(single.metrics[0]["grad_norm"], rel=1e-5)
 
 
-def test_a_teacher_that_is_the_student_teaches_nothing(recorded_batch: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def special(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """Two runs of one rank, at a time."""
+    changed = {"teacher is student": {"teacher.path": str(STUDENT)}, "live reference": {"sgopd.method": "sgopd_scaled"}}
+    same = ONE_RANK | {"train.steps": 1, "logging.replay": str(recorded_batch)}
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(lambda changes: succeed(tmp_path_factory.mktemp("special"), same | changes), changed.values())
+        return dict(zip(changed, runs, strict=True))
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(special: dict[str, Finished]):
     # In the student's own layout: another order of float32 sums would already differ by 1e-6.
-    changes = {"train.steps": 1, "logging.replay": str(recorded_batch), "teacher.path": str(STUDENT)}
-    (line,) = succeed(tmp_path, changes).metrics
+    (line,) = special["teacher is student"].metrics
     assert abs(line["loss"]) < 1e-6
     assert line["grad_norm"] < 1e-6
 
 
-def test_a_live_reference_takes_no_forward(recorded_batch: Path, tmp_path: Path):
-    changes = LAYOUTS["one rank"] | {
-        "train.steps": 1,
-        "logging.replay": str(recorded_batch),
-        "sgopd.method": "sgopd_scaled",
-    }
-    (line,) = succeed(tmp_path, changes).metrics
+def test_a_live_reference_takes_no_forward(special: dict[str, Finished]):
+    (line,) = special["live reference"].metrics
     assert (line["teacher_forwards"], line["reference_forwards"]) == (1, 0)
 
 
 FULL = {"sgopd.method": "sgopd_scaled", "sgopd.estimator": "full", "train.steps": 1}
 SAME = {
-    "one rank": {"parallel.ranks": 1, "parallel.tensor": 1},
+    "one rank": ONE_RANK,
     "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2},
 }
 

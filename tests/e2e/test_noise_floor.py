@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ..commands import REPOSITORY
 from .conftest import RECIPE
 
@@ -18,6 +20,7 @@ def noise_floor(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, **options, check=False, timeout=240)
 
 
+@pytest.mark.long
 def test_each_precision_is_measured_and_a_second_call_takes_the_rollouts_that_are_there(tmp_path: Path) -> None:
     first = noise_floor(tmp_path, "--prompts=8")
     assert first.returncode == 0, first.stderr

@@ -106,6 +106,7 @@ def cooler_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return succeed(tmp_path_factory.mktemp("cooler"), {"train.steps": 4, "rollout.temperature": 0.7})
 
 
+@pytest.mark.long
 def test_so_they_do_at_another_temperature(cooler_run: Finished):
     assert cooler_run.metrics[0]["logprob_gap"] < 1e-4
     assert cooler_run.metrics[3]["logprob_gap"] < 1e-4

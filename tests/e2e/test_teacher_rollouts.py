@@ -117,6 +117,7 @@ def test_a_run_that_resumes_after_the_end_never_builds_the_teachers_engine(
     assert max(column(resumed, "memory_mib")[went_on[-1] :]) < min(column(taught_run, "memory_mib")[:END]) - 500
 
 
+@pytest.mark.long
 def test_mixture_gives_the_teacher_its_slots_and_counts_what_is_missing(tmp_path: Path) -> None:
     changes = {"train.steps": 4, "teacher_rollouts.mode": "mixture", "teacher_rollouts.shape": "linear"}
     changes |= {"teacher_rollouts.weight": 1.0, "teacher_rollouts.hold_steps": 1, "teacher_rollouts.end_step": 3}
@@ -135,6 +136,7 @@ def test_mixture_gives_the_teacher_its_slots_and_counts_what_is_missing(tmp_path
     assert 0 <= run.metrics[3]["ratio_clipped"] < 1
 
 
+@pytest.mark.long
 def test_recorded_batches_hold_the_teachers_part(taught_run: Finished, tmp_path: Path) -> None:
     replayed = succeed(
         tmp_path,

@@ -21,7 +21,7 @@ from megatron_sgopd.monitor.heartbeat import read_beats
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
-from tests.commands import exported_weights, same_weights, set_words  # noqa: E402
+from tests.commands import same_students, set_words  # noqa: E402
 from tests.slurm.cluster import Cluster, running, wait_until  # noqa: E402
 
 RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
@@ -106,8 +106,7 @@ class Soak:
         lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
         kept = [[{k: v for k, v in line.items() if k not in _TIMES | _COUNTS} for line in each] for each in lines]
         faults = ["metrics"] * (kept[0] != kept[1])
-        weights = [exported_weights(run, self.folder / f"exported_{run.name}") for run in runs]
-        return faults + ["weights"] * (not same_weights(*weights))
+        return faults + ["weights"] * (not same_students(*runs, self.folder))
 
 
 def soak(
