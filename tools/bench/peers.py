@@ -1,7 +1,7 @@
 """.venv/bin/python tools/bench/peers.py [--repetitions 5] [--only arithmetic] [--json]          (make bench-peers)
 
 Responses a second of whole training steps, here and with TRL's DistillationTrainer: the same models, prompts, batch,
-threads and precision, in turns. Ours also verifies every response and scores it by the initial student.
+threads, precision and objective (method opd), in turns, each in one process. Ours also verifies every response.
 
 `arithmetic` is the example with its short answers. `long-tailed` has models of the same size whose responses end with
 probability 1/130 at each token, at most 384: a third of that on average.
@@ -109,6 +109,10 @@ def ours(case: Case, run_dir: Path) -> dict[str, Any]:
     """Seconds and mean response length of each step."""
     settings = {
         "run_dir": run_dir,
+        "parallel.ranks": 1,
+        "parallel.tensor": 1,
+        "sgopd.method": "opd",
+        "alarms.teacher_floor": 2,  # endless models know nothing
         "model.path": case.student,
         "teacher.path": case.teacher,
         "rollout.max_new_tokens": case.max_new_tokens,
@@ -122,7 +126,7 @@ def ours(case: Case, run_dir: Path) -> dict[str, Any]:
     }
     command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE)]
     command += [f"--set={name}={value}" for name, value in settings.items()] + [f"--set={s}" for s in case.settings]
-    run(command)
+    run(command, {"OMP_NUM_THREADS": str(THREADS)})
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {"seconds": [line["seconds"] for line in lines], "lengths": [line["response_length"] for line in lines]}
 
@@ -152,10 +156,10 @@ def theirs(case: Case, prompts: Path) -> dict[str, Any]:
     return json.loads(said.splitlines()[-1])
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> str:
+def run(command: list[str], environment: dict[str, str]) -> str:
     """What the command prints; ends the bench with the command's own words where it fails."""
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
