@@ -76,18 +76,18 @@ def grouped_digest(
     first_row, first_column = (start, 0) if axis == 0 else (0, start)
     halves = torch.zeros(2, dtype=torch.int64, device=grouped.device)
     read = rows if math.prod(shape) > _SMALL else ALL_ROWS
-    chunk = _CHUNK if grouped.device.type == "cpu" else _GPU_CHUNK
+    if not grouped.numel():
+        return halves
+    width = math.prod(grouped.shape[2:])
+    columns_2C = _odd_numbers(_COLUMNS, first_column, width, grouped.device)
+    ones_2 = columns_2C.sum(1, dtype=torch.int32)
+    step = max(1, (_CHUNK if grouped.device.type == "cpu" else _GPU_CHUNK) // width)
     for group, part in enumerate(grouped.detach()):
-        if not part.numel():
-            continue
         number = first_row + group * len(part)
         skipped = read.skipped(number)
-        matrix = part.reshape(len(part), -1)[skipped :: read.step]
-        height, width = matrix.shape
-        columns_2C = _odd_numbers(_COLUMNS, first_column, width, grouped.device)
-        ones_2 = columns_2C.sum(1, dtype=torch.int32)
+        matrix = part.reshape(len(part), width)[skipped :: read.step]
+        height = len(matrix)
         rows_2R = _odd_numbers(_ROWS, number + skipped, height, grouped.device, read.step)
-        step = max(1, chunk // width)
         products = torch.empty(min(step, height), width, dtype=torch.int32, device=grouped.device)
         for begin in range(0, height, step):
             bits = _bits(matrix[begin : begin + step])

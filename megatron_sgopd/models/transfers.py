@@ -60,20 +60,20 @@ def plan_transfers(
         memory_bytes: what transfers may take of a rank's memory. A receiver may still hold a tensor of the last one
             when the next arrives: one takes half of it at most, but for a parameter that is larger alone.
     """
-    batches: list[tuple[Source, int, list[Parameter]]] = []
+    batches: list[tuple[Source, int, list[Parameter], list[tuple[int, ...]]]] = []
     kind, nbytes = None, 0
     for parameter, source in sources:
         ranks = tensor if parameter.expert is None else expert_tensor
-        alone = ranks * math.prod(parameter.shard_shape(ranks, padded_vocab_size)) * source.dtype.itemsize
+        shape = parameter.shard_shape(ranks, padded_vocab_size)
+        alone = ranks * math.prod(shape) * source.dtype.itemsize
         if kind != (source, parameter.expert is None) or nbytes + alone > memory_bytes // 2:
-            batches.append((source, ranks, []))
+            batches.append((source, ranks, [], []))
             kind, nbytes = (source, parameter.expert is None), 0
-        batches[-1][2].append(parameter)
+        _, _, members, shapes = batches[-1]
+        members.append(parameter)
+        shapes.append(shape)
         nbytes += alone
-    return [
-        Transfer(source, tuple(members), tuple(m.shard_shape(ranks, padded_vocab_size) for m in members), ranks)
-        for source, ranks, members in batches
-    ]
+    return [Transfer(source, tuple(members), tuple(shapes), ranks) for source, ranks, members, shapes in batches]
 
 
 def carry_out(
