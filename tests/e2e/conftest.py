@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ SMALL = {
     "evaluate.teacher": False,
     "logging.samples_every": 2,
 }
+ONE_RANK = {"parallel.ranks": 1, "parallel.tensor": 1}
 NUMBERS = ("loss", "grad_norm", "pass_rate", "response_tokens", "reverse_kl", "entropy", "agree")
 """Metrics by which two runs are compared."""
 
@@ -91,6 +94,13 @@ def succeed(folder: Path, changes: dict[str, Any], limit: float = 240) -> Finish
     finished = train(folder, changes, limit)
     assert finished.code == 0, f"{finished.errors}\n{finished.output}"
     return finished
+
+
+def in_pairs(run: Callable[[str], Finished], names: Iterable[str]) -> dict[str, Finished]:
+    """Runs of one rank each, two at a time: alone, each would leave a core idle while it loads."""
+    names = list(names)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(run, names), strict=True))
 
 
 @pytest.fixture(scope="session")

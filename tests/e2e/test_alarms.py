@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .conftest import STUDENT, TEACHER, Finished, train
-
-ONE_RANK = {"parallel.ranks": 1, "parallel.tensor": 1, "train.steps": 5}
+from .conftest import ONE_RANK, STUDENT, TEACHER, Finished, in_pairs, train
 
 
 def changed_weights(source: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
@@ -79,14 +76,11 @@ PLANTED: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
 
 @pytest.fixture(scope="module")
 def endings(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """All runs, of one rank each, two at a time."""
-
     def run(fault: str) -> Finished:
         folder = tmp_path_factory.mktemp("alarm")
-        return train(folder / "run", ONE_RANK | PLANTED[fault][0](recorded_batch, folder / "own"))
+        return train(folder / "run", ONE_RANK | {"train.steps": 5} | PLANTED[fault][0](recorded_batch, folder / "own"))
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(PLANTED, pool.map(run, PLANTED), strict=True))
+    return in_pairs(run, PLANTED)
 
 
 @pytest.mark.parametrize("fault", PLANTED)

@@ -11,7 +11,7 @@ import pytest
 from megatron_sgopd.checkpoint.completeness import BLOCKS, MANIFEST, newest_step, step_folder
 
 from ..commands import same_students
-from .conftest import NUMBERS, Finished, succeed, train
+from .conftest import NUMBERS, ONE_RANK, Finished, succeed, train
 
 
 def unfinished(run: Finished, folder: Path) -> Path:
@@ -71,7 +71,7 @@ def test_broken_checkpoints_are_named_and_the_newest_whole_one_is_taken(main_run
 OTHER_LAYOUTS = {
     "DP 2": {"parallel.tensor": 1},
     "PP 2": {"parallel.tensor": 1, "parallel.pipeline": 2},
-    "one rank": {"parallel.ranks": 1, "parallel.tensor": 1},
+    "one rank": ONE_RANK,
 }
 
 

@@ -1,7 +1,6 @@
 """One recorded batch under many layouts: the numbers do not depend on how the models are split."""
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import STUDENT, TEACHER, Finished, succeed
+from .conftest import ONE_RANK, STUDENT, TEACHER, Finished, in_pairs, succeed
 
-ONE_RANK = {"parallel.ranks": 1, "parallel.tensor": 1}
 LAYOUTS = {
     "one rank": ONE_RANK,
     "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2, "teacher.tensor_parallel": 1, "teacher.pipeline_parallel": 2},
@@ -84,12 +82,9 @@ def test_logprobs_loss_and_gradient_do_not_depend_on_the_layout(replayed, layout
 
 @pytest.fixture(scope="module")
 def special(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """Two runs of one rank, at a time."""
     changed = {"teacher is student": {"teacher.path": str(STUDENT)}, "live reference": {"sgopd.method": "sgopd_scaled"}}
     same = ONE_RANK | {"train.steps": 1, "logging.replay": str(recorded_batch)}
-    with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda changes: succeed(tmp_path_factory.mktemp("special"), same | changes), changed.values())
-        return dict(zip(changed, runs, strict=True))
+    return in_pairs(lambda name: succeed(tmp_path_factory.mktemp("special"), same | changed[name]), changed)
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(special: dict[str, Finished]):

@@ -16,13 +16,11 @@ from megatron_sgopd.objective.schedule import TeacherSchedule
 from megatron_sgopd.rollout.bank import RolloutBank, StoredRollout
 
 from ..commands import set_words
-from .conftest import RECIPE, REPOSITORY, Finished, start, succeed
+from .conftest import ONE_RANK, RECIPE, REPOSITORY, Finished, start, succeed
 from .test_run import wait_for_step
 
 STEPS, HOLD, END = 9, 3, 6
-TAUGHT = {
-    "parallel.ranks": 1,
-    "parallel.tensor": 1,
+TAUGHT = ONE_RANK | {
     "train.steps": STEPS,
     "checkpoint.every": 1,
     "data.heldout": None,

@@ -17,9 +17,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reporting import Figure, parser, report
+
+if TYPE_CHECKING:
+    from megatron_sgopd.config import RolloutSettings
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
@@ -84,15 +87,20 @@ def endless(model: Path, folder: Path) -> Path:
 
 def compared(case: Case, repetitions: int, folder: Path) -> list[Figure]:
     """Medians over the repetitions of each one's responses a second, and our lead."""
-    from megatron_sgopd.recipe import load_recipe
+    from transformers import AutoTokenizer
 
-    shape = load_recipe(RECIPE).rollout
-    batch = shape.prompts_per_step * shape.group_size
+    from megatron_sgopd.recipe import load_recipe
+    from megatron_sgopd.rollout.prompts import load_prompts
+
+    recipe, prompts = load_recipe(RECIPE), folder / f"{case.name}.json"
+    batch = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+    problems = load_prompts(recipe.data.train, AutoTokenizer.from_pretrained(case.student))
+    prompts.write_text(json.dumps([prompt.text for prompt in problems]))
     rates: dict[str, list[float]] = {"ours": [], "TRL's": []}
     lengths: dict[str, list[float]] = {"ours": [], "TRL's": []}
     for number in range(repetitions):
         run_dir = folder / f"{case.name}-{number}"
-        for name, steps in (("ours", ours(case, run_dir)), ("TRL's", theirs(case, run_dir.with_suffix(".json")))):
+        for name, steps in (("ours", ours(case, run_dir)), ("TRL's", theirs(case, recipe.rollout, prompts))):
             rates[name].append(batch / statistics.median(steps["seconds"][WARM_UP:]))
             lengths[name].append(statistics.mean(steps["lengths"]))
             print(f"{case.name} {number + 1}/{repetitions}: {name} {rates[name][-1]:.1f}/s", file=sys.stderr)
@@ -131,21 +139,13 @@ def ours(case: Case, run_dir: Path) -> dict[str, Any]:
     return {"seconds": [line["seconds"] for line in lines], "lengths": [line["response_length"] for line in lines]}
 
 
-def theirs(case: Case, prompts: Path) -> dict[str, Any]:
+def theirs(case: Case, rollout: RolloutSettings, prompts: Path) -> dict[str, Any]:
     """As `ours`, by a process of its own in which TRL can be imported."""
-    from transformers import AutoTokenizer
-
-    from megatron_sgopd.recipe import load_recipe
-    from megatron_sgopd.rollout.prompts import load_prompts
-
-    recipe = load_recipe(RECIPE)
-    tokenizer = AutoTokenizer.from_pretrained(case.student)
-    prompts.write_text(json.dumps([prompt.text for prompt in load_prompts(recipe.data.train, tokenizer)]))
     program = [sys.executable, str(Path(__file__).with_name("trl_distillation.py"))]
     options = {
         "steps": case.steps,
-        "group-size": recipe.rollout.group_size,
-        "prompts-per-step": recipe.rollout.prompts_per_step,
+        "group-size": rollout.group_size,
+        "prompts-per-step": rollout.prompts_per_step,
         "max-new-tokens": case.max_new_tokens,
         "learning-rate": case.learning_rate,
         "threads": THREADS,
