@@ -113,7 +113,7 @@ def teach(run: Run, batch: Batch) -> Batch:
 def sync(run: Run) -> None:
     """Give the engine the weights of the last optimizer step."""
     assert run.engine is not None
-    with run.phase("sync"):
+    with run.phase("sync"), current().plain_torch():
         student, groups = run.student, run.student.groups
         rows = compared_rows(run.engine)
         digests = shard_digests(student.model, student.architecture, groups, rows)

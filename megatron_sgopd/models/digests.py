@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17
 """Elements at a time on a CPU: their products stay in a core's cache."""
 _GPU_CHUNK = 1 << 22
 """Enough to be worth a kernel's start."""
@@ -74,28 +75,23 @@ def grouped_digest(
     """
     assert len(shape) < 3 or axis == 0, "columns are counted over all axes but the first"
     first_row, first_column = (start, 0) if axis == 0 else (0, start)
-    halves = torch.zeros(2, dtype=torch.int64, device=grouped.device)
-    read = rows if math.prod(shape) > _SMALL else ALL_ROWS
+    device, (groups, height) = grouped.device, grouped.shape[:2]
+    halves_2 = torch.zeros(2, dtype=torch.int64, device=device)
     if not grouped.numel():
-        return halves
-    width = math.prod(grouped.shape[2:])
-    columns_2C = _odd_numbers(_COLUMNS, first_column, width, grouped.device)
+        return halves_2
+    read = rows if math.prod(shape) > _SMALL else ALL_ROWS
+    matrix_GHC = grouped.detach().flatten(2) if grouped.ndim > 2 else grouped.detach()[..., None]
+    width = matrix_GHC.shape[2]
+    columns_2C = _odd_numbers(_COLUMNS, first_column, width, device)
     ones_2 = columns_2C.sum(1, dtype=torch.int32)
-    step = max(1, (_CHUNK if grouped.device.type == "cpu" else _GPU_CHUNK) // width)
-    for group, part in enumerate(grouped.detach()):
-        number = first_row + group * len(part)
-        skipped = read.skipped(number)
-        matrix = part.reshape(len(part), width)[skipped :: read.step]
-        height = len(matrix)
-        rows_2R = _odd_numbers(_ROWS, number + skipped, height, grouped.device, read.step)
-        products = torch.empty(min(step, height), width, dtype=torch.int32, device=grouped.device)
-        for begin in range(0, height, step):
-            bits = _bits(matrix[begin : begin + step])
-            for half in range(2):
-                torch.mul(bits, columns_2C[half], out=products[: len(bits)])
-                sums = products[: len(bits)].sum(1, dtype=torch.int32).add_(ones_2[half])
-                halves[half] += (sums * rows_2R[half, begin : begin + step]).sum(dtype=torch.int32)
-    return halves
+    count = (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // width or 1
+    for begin in range(read.skipped(first_row), groups * height, count * read.step):
+        index_R = torch.arange(begin, min(begin + count * read.step, groups * height), read.step, device=device)
+        rows_2R = _odd_numbers(_ROWS, first_row + begin, len(index_R), device, read.step)
+        bits_RC = _bits(matrix_GHC[index_R // height, index_R % height])
+        sums_2R = (columns_2C[:, None] * bits_RC).sum(2, dtype=torch.int32).add_(ones_2[:, None])
+        halves_2 += sums_2R.mul_(rows_2R).sum(1, dtype=torch.int32)
+    return halves_2
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
@@ -108,8 +104,13 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 def _odd_numbers(kind: int, first: int, count: int, device: torch.device, step: int = 1) -> torch.Tensor:
     """Two pseudo-random odd numbers for each `step`-th index of a kind from `first` on, int32 [2, count]."""
-    indices = torch.arange(first, first + count * step, step, dtype=torch.int64, device=device)
-    mixed = _mix((indices << 1) + kind)
+    end = first + count * step
+    return _odd_table(kind, 1 << end.bit_length(), device)[:, first:end:step]
+
+
+@functools.cache
+def _odd_table(kind: int, size: int, device: torch.device) -> torch.Tensor:
+    mixed = _mix((torch.arange(size, dtype=torch.int64, device=device) << 1) + kind)
     return torch.stack([mixed, mixed >> 32]).to(torch.int32).bitwise_or_(1)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import ModuleSpec, TransformerConfig
+    from vllm import LLM
 
 
 class Platform(abc.ABC):
@@ -67,6 +68,10 @@ class Platform(abc.ABC):
         """The decoder layers that a `GPTModel` of this configuration is built from."""
 
     @abc.abstractmethod
+    def plain_torch(self) -> contextlib.AbstractContextManager[None]:
+        """Torch as it is, for code that names no other device than this platform's."""
+
+    @abc.abstractmethod
     def packed_attention(self, segment_ids_BS: torch.Tensor) -> dict[str, Any]:
         """Arguments of `GPTModel.forward` that keep packed sequences apart.
 
@@ -100,7 +105,6 @@ class Platform(abc.ABC):
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in the host's memory from which the device can fetch while it computes."""
 
-    @staticmethod
     @abc.abstractmethod
-    def refresh_engine_model(model: torch.nn.Module) -> None:
-        """Called on vLLM's model after its weights were replaced: renew what vLLM derived from them itself."""
+    def load_engine_weights(self, engine: LLM, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights that vLLM multiplies by with full tensors under their Hugging Face names."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -85,6 +85,9 @@ class CpuPlatform(Platform):
     def wait_for_copies(self, copies: Sequence[torch.Tensor]) -> None:
         """They are the host's own tensors."""
 
+    def plain_torch(self) -> contextlib.AbstractContextManager[None]:
+        return torch._C.DisableTorchFunction()  # the detour of `_CudaMeansCpu` takes microseconds a call
+
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -114,6 +117,10 @@ class CpuPlatform(Platform):
     ) -> dict[str, Any]:
         if quantization is not None:
             raise ConfigError(f"fp8.rollouts={quantization} needs a GPU: leave it out on the CPU platform")
+        from vllm import _custom_ops
+
+        # Else linear layers multiply by packed copies of their weights, to be made anew at each sync.
+        _custom_ops._supports_onednn = False
         return {
             "enforce_eager": True,
             "kv_cache_memory_bytes": cache_bytes,
@@ -122,15 +129,11 @@ class CpuPlatform(Platform):
             "enable_chunked_prefill": False,
         }
 
-    @staticmethod
-    def refresh_engine_model(model: torch.nn.Module) -> None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-        # vLLM multiplies by packed copies of the weights. It renews a layer's copy when that layer is loaded, but
-        # an output layer that is tied to the embedding is never loaded itself and would keep its first copy.
-        for layer in model.modules():
-            if isinstance(layer, ParallelLMHead):
-                layer.quant_method.process_weights_after_loading(layer)
+    def load_engine_weights(self, engine: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if engine.llm_engine.model_config.is_moe:  # experts are packed when a layer is loaded
+            engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        else:
+            engine.apply_model(lambda model: model.load_weights(weights))
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -87,6 +87,9 @@ class CudaPlatform(Platform):
         for copy in copies:  # their memory belongs to the other stream
             copy.record_stream(torch.cuda.current_stream())
 
+    def plain_torch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def layer_spec(self, config: Any) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -129,6 +132,5 @@ class CudaPlatform(Platform):
         options = {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True}
         return options | ({"quantization": f"fp8_{quantization}"} if quantization else {})
 
-    @staticmethod
-    def refresh_engine_model(model: torch.nn.Module) -> None:
-        """Nothing: the engine multiplies by the weights themselves."""
+    def load_engine_weights(self, engine: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})

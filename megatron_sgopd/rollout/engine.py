@@ -64,21 +64,20 @@ class RolloutEngine:
 
         mine = list(zip(prompts, samples, strict=True))[self._replica :: self._replicas]
         requests = [(prompt, sample) for prompt, count in mine for sample in range(count)]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _ in requests],
-            [
-                SamplingParams(
-                    temperature=temperature,
-                    max_tokens=self._max_new_tokens,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                    seed=sampling_seed(run_seed, step, prompt.id, sample),
-                )
-                for prompt, sample in requests
-            ],
-            use_tqdm=False,
-        )
+        texts = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _ in requests]
+        parameters = [
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=self._max_new_tokens,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                seed=sampling_seed(run_seed, step, prompt.id, sample),
+            )
+            for prompt, sample in requests
+        ]
+        with current().plain_torch():
+            outputs = self._llm.generate(texts, parameters, use_tqdm=False)
         local = []
         for (prompt, sample), output in zip(requests, outputs, strict=True):
             (completion,) = output.outputs
@@ -95,8 +94,7 @@ class RolloutEngine:
 
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights by full tensors under their Hugging Face names."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._llm.apply_model(current().refresh_engine_model)
+        current().load_engine_weights(self._llm, weights)
         self._llm.reset_prefix_cache()
         self.weight_version += 1
 

@@ -68,6 +68,7 @@ def measure(folder: str) -> tuple[dict[str, list[float]], int]:
     from megatron_sgopd.config import RolloutSettings
     from megatron_sgopd.models.architecture import read_architecture
     from megatron_sgopd.models.weights import export_weights, load_weights, shard_digests
+    from megatron_sgopd.platform import current
     from megatron_sgopd.rollout.engine import RolloutEngine
     from megatron_sgopd.rollout.weight_sync import compared_rows, sync_weights
 
@@ -95,7 +96,8 @@ def measure(folder: str) -> tuple[dict[str, list[float]], int]:
     for repetition in range(REPETITIONS + 1):
         for name, run in runs.items():
             began = time.perf_counter()
-            run()
+            with current().plain_torch():
+                run()
             if repetition:  # the first is slow
                 took[name].append(time.perf_counter() - began)
     engine.close()
