@@ -79,7 +79,7 @@ def check_fp8_layout(recipe: Recipe, setup: Setup, student: Architecture, teache
     Raises:
         ConfigError: naming the one that cannot.
     """
-    fp8, tokens = recipe.fp8, recipe.train.row_tokens * setup.rows_per_microbatch
+    fp8, tokens = recipe.fp8, recipe.train.row_tokens
     if fp8.format:
         check_sizes("fp8.format", student, setup.tensor, fp8.recipe)
         check_tokens("fp8.format", tokens, setup.tensor if setup.sequence else 1, fp8.recipe)
@@ -119,7 +119,7 @@ def check_sizes(setting: str, architecture: Architecture, tensor: int, recipe: s
 
 
 def check_tokens(setting: str, tokens: int, sequence_ranks: int, recipe: str) -> None:
-    """Check that a microbatch, as sequence parallelism splits it, has a number of tokens that FP8 can multiply.
+    """Check that a row, as sequence parallelism splits it, has a number of tokens that FP8 can multiply.
 
     Rows are padded to train.row_tokens, and the padding is in no loss and no gate, so that nothing else need be padded.
 
@@ -130,8 +130,8 @@ def check_tokens(setting: str, tokens: int, sequence_ranks: int, recipe: str) ->
     if tokens % multiple:
         mend = math.ceil(tokens / multiple) * multiple
         raise ConfigError(
-            f"{setting} with recipe {recipe} needs microbatches of a multiple of {multiple} tokens, but "
-            f"train.row_tokens x train.rows_per_microbatch is {tokens}: let it be {mend}"
+            f"{setting} with recipe {recipe} needs rows of a multiple of {multiple} tokens, but train.row_tokens is "
+            f"{tokens}: let it be {mend}"
         )
 
 

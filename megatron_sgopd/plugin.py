@@ -140,11 +140,11 @@ class _Loop:
 
         def schedule(**arguments: Any) -> Any:
             # The number of packed rows differs from step to step.
-            shape = schedule_shape(args.micro_batch_size, args.seq_length)
-            return forward_backward_func(**{**arguments, **shape, "num_microbatches": share // args.micro_batch_size})
+            shape = schedule_shape(rows) | {"num_microbatches": share // rows.microbatch_rows}
+            return forward_backward_func(**{**arguments, **shape})
 
         def update(last: bool) -> Any:
-            mine = microbatches(rows, first, first + share, args.micro_batch_size)
+            mine = microbatches(rows, first, first + share)
             return self._train_step(
                 updates[-1],
                 RerunDataIterator(mine),

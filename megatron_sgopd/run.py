@@ -264,7 +264,6 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
             tensor,
             pipeline,
             settings.teacher.offload,
-            args.micro_batch_size,
             settings.sgopd.logprob_chunk_tokens,
             keeps_hidden,
             expert,
@@ -422,4 +421,4 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
     if args.fp8:
         current().check_fp8(args.fp8_recipe)
         sequence = args.tensor_model_parallel_size if args.sequence_parallel else 1
-        check_tokens("--fp8-format", args.seq_length * args.micro_batch_size, sequence, args.fp8_recipe)
+        check_tokens("--fp8-format", args.seq_length, sequence, args.fp8_recipe)

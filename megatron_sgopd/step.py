@@ -138,7 +138,9 @@ def packed(run: Run, batch: Batch) -> Batch:
     """Pack the trajectories into rows that every model of the run can split evenly over its ranks."""
     with run.clock("pack"):
         shares = math.lcm(run.student.groups.dp.size(), *(s.data_parallel_size for s in run.scorers))
-        return replace(batch, rows=pack(batch.responses, run.row_tokens, shares * run.rows_per_microbatch))
+        share_prompts = current().shares_prompts
+        rows = pack(batch.responses, run.row_tokens, shares, run.rows_per_microbatch, share_prompts)
+        return replace(batch, rows=rows)
 
 
 def score_teacher(run: Run, batch: Batch) -> Batch:

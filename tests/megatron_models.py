@@ -84,7 +84,7 @@ def forward(model: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor |
         output = model(
             tokens,
             torch.arange(length).expand(rows, length),
-            **platform.current().packed_attention(torch.zeros_like(tokens)),
+            **platform.current().packed_attention(*[torch.zeros_like(tokens)] * 2),
         )
         if not parallel_state.is_pipeline_last_stage():
             dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())

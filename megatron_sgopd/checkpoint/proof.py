@@ -232,7 +232,8 @@ def _log_probs(model: Any, tokens: torch.Tensor, architecture: Architecture) -> 
     from megatron_sgopd import platform
 
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    attention = platform.current().packed_attention(torch.zeros_like(tokens))
+    together = torch.zeros_like(tokens)
+    attention = platform.current().packed_attention(together, together)
     return model(tokens, positions, **attention)[..., : architecture.vocab_size].log_softmax(-1)
 
 

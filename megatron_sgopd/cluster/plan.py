@@ -69,9 +69,9 @@ class Setup:
         return Spread(layout, self.ranks // (self.teacher_tensor * self.teacher_pipeline))
 
     @property
-    def rows_multiple(self) -> int:
-        """Packed rows are a multiple of it."""
-        return math.lcm(self.student.data, self.teacher.data) * self.rows_per_microbatch
+    def shares(self) -> int:
+        """Packed rows are split into as many."""
+        return math.lcm(self.student.data, self.teacher.data)
 
     def settings(self) -> dict[str, object]:
         """As they stand in a recipe."""
@@ -407,7 +407,7 @@ class Planner:
         layers = architecture.num_layers // setup.pipeline
         kept = memory.layer_input_bytes(architecture, spread.layout, tokens, setup.sequence)
         of_stage = layers * (kept if setup.recompute else layer) + (layer if setup.recompute else 0)
-        microbatches = self._work.rows(setup.rows_multiple) // setup.student.data // setup.rows_per_microbatch
+        microbatches = math.ceil(self._work.rows(setup.shares) / setup.student.data / setup.rows_per_microbatch)
         first = {"activations": min(setup.pipeline, microbatches) * of_stage, "output layer": 0}
         logits = self._chunk_logits(architecture, setup.tensor, tokens)
         output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=True)
@@ -440,7 +440,7 @@ class Planner:
 
     def _seconds(self, setup: Setup, phases: dict[str, dict[str, int]]) -> dict[str, float]:
         work, device, microbatch = self._work, self._device, setup.rows_per_microbatch
-        rows = work.rows(setup.rows_multiple)
+        rows = work.rows(setup.shares)
         shards = setup.student.data if setup.distributed_optimizer else 1
         cache = phases["generate"]["cache"]
         seconds = {

@@ -112,7 +112,7 @@ def forward_seconds(
 ) -> float:
     """A forward pass over all rows, as a scorer makes it."""
     compute = _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("forward")
-    microbatches = rows // spread.data / rows_per_microbatch
+    microbatches = math.ceil(rows / spread.data / rows_per_microbatch)
     return (compute + _exchange_seconds(architecture, spread, work, rows, device)) * _bubble(spread, microbatches)
 
 
@@ -133,7 +133,7 @@ def train_seconds(
     """
     passes = 4 if recompute else 3
     compute = passes * _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("train")
-    microbatches = rows // spread.data / rows_per_microbatch
+    microbatches = math.ceil(rows / spread.data / rows_per_microbatch)
     within_layers = (passes - 1) * _exchange_seconds(architecture, spread, work, rows, device)
     elements = shard_elements(architecture, spread.layout, 0)
     share = (spread.data - 1) / spread.data
@@ -166,8 +166,8 @@ def _exchange_seconds(architecture: Architecture, spread: Spread, work: Workload
     return summed + routed
 
 
-def _bubble(spread: Spread, microbatches: float) -> float:
-    return 1 + (spread.layout.pipeline - 1) / max(1.0, microbatches)
+def _bubble(spread: Spread, microbatches: int) -> float:
+    return 1 + (spread.layout.pipeline - 1) / microbatches
 
 
 def generate_seconds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ class Microbatch:
     tokens_BS: torch.Tensor
     positions_BS: torch.Tensor
     segments_BS: torch.Tensor
-    """On the host."""
+    """On the host, as are the responses."""
+    responses_BS: torch.Tensor
     row_T: torch.Tensor
     """Row within the microbatch of each response token."""
     column_T: torch.Tensor
@@ -32,15 +34,16 @@ class Microbatch:
     """Which of all response tokens of the step these are."""
 
 
-def microbatches(rows: PackedRows, start: int, stop: int, size: int) -> Iterator[Microbatch]:
-    """Rows [start, stop) in pieces of `size` rows."""
-    device = current().device
+def microbatches(rows: PackedRows, start: int, stop: int) -> Iterator[Microbatch]:
+    """Those of rows [start, stop)."""
+    device, size = current().device, rows.microbatch_rows
     for first in range(start, stop, size):
         span = rows.tokens_of_rows(first, first + size)
         yield Microbatch(
             rows.tokens_RS[first : first + size].to(device),
             rows.positions_RS[first : first + size].to(device),
             rows.segments_RS[first : first + size],
+            rows.responses_RS[first : first + size],
             (rows.row_T[span] - first).to(device),
             rows.column_T[span].to(device),
             rows.targets_T[span].to(device),
@@ -53,20 +56,40 @@ def forward(model: Any, batch: Microbatch, output_processor: Any, context: Any) 
     tokens, positions = batch.tokens_BS, batch.positions_BS
     if current().one_long_row:
         tokens, positions = tokens.view(1, -1), positions.view(1, -1)
-    return model(
-        tokens,
-        positions,
-        output_processor=output_processor,
-        output_processor_context=context,
-        **current().packed_attention(batch.segments_BS),
-    )
+    with _rotated_by(positions, model) if current().shares_prompts else contextlib.nullcontext():
+        return model(
+            tokens,
+            positions,
+            output_processor=output_processor,
+            output_processor_context=context,
+            **current().packed_attention(batch.segments_BS, batch.responses_BS),
+        )
 
 
-def schedule_shape(rows_per_microbatch: int, row_tokens: int) -> dict[str, int]:
+@contextlib.contextmanager
+def _rotated_by(positions_BS: torch.Tensor, model: Any) -> Iterator[None]:
+    """The rope of each token is that of its position.
+
+    Megatron's is that of a token's column, which is as good where a segment has one response: only distances count.
+    """
+
+    def choose(decoder: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        rope_SD = keywords["rotary_pos_emb"][:, 0, 0]
+        return arguments, keywords | {"rotary_pos_emb": rope_SD[positions_BS.T][:, :, None]}
+
+    hook = unwrapped(model).decoder.register_forward_pre_hook(choose, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def schedule_shape(rows: PackedRows) -> dict[str, int]:
     """Arguments of Megatron's schedules: the shape of what a pipeline stage hands on."""
+    row_tokens = rows.tokens_RS.shape[1]
     if current().one_long_row:
-        return {"seq_length": rows_per_microbatch * row_tokens, "micro_batch_size": 1}
-    return {"seq_length": row_tokens, "micro_batch_size": rows_per_microbatch}
+        return {"seq_length": rows.microbatch_rows * row_tokens, "micro_batch_size": 1}
+    return {"seq_length": row_tokens, "micro_batch_size": rows.microbatch_rows}
 
 
 def response_hidden(

@@ -42,7 +42,6 @@ class Scorer:
         tensor: int,
         pipeline: int,
         offload: bool,
-        rows_per_microbatch: int,
         chunk_tokens: int,
         keeps_hidden: bool = False,
         expert: int = 1,
@@ -65,7 +64,6 @@ class Scorer:
         self._config = transformer_config(architecture, base, tensor, pipeline, expert, fp8_recipe)
         self._first_stage = self._groups.pp.rank() == 0
         self._last_stage = self._groups.pp.rank() == pipeline - 1
-        self._rows_per_microbatch = rows_per_microbatch
         self._chunk_tokens = chunk_tokens
         model = build_model(
             architecture,
@@ -109,14 +107,14 @@ class Scorer:
         self._kept.clear()
         share = rows.rows // self.data_parallel_size
         start = share * self._groups.dp.rank()
-        parts = microbatches(rows, start, start + share, self._rows_per_microbatch)
+        parts = microbatches(rows, start, start + share)
         schedule = get_forward_backward_func(self._groups.pp.size(), None)
         outputs = schedule(
             forward_step_func=self._forward_step(temperature, with_ranks),
             data_iterator=parts,
             model=self.model,
-            num_microbatches=share // self._rows_per_microbatch,
-            **schedule_shape(self._rows_per_microbatch, rows.tokens_RS.shape[1]),
+            num_microbatches=share // rows.microbatch_rows,
+            **schedule_shape(rows),
             forward_only=True,
             collect_non_loss_data=True,
             p2p_communicator=P2PCommunicator(self._groups.pp, self._config),

@@ -29,6 +29,8 @@ class Platform(abc.ABC):
     """The device of cluster/hardware.json whose layers and engine are this platform's."""
     one_long_row: ClassVar[bool]
     """Whether the rows of a microbatch pass through the model as one, [1, B * S], told apart by `packed_attention`."""
+    shares_prompts: ClassVar[bool]
+    """Whether several responses of a group may lie behind one copy of their prompt."""
 
     @abc.abstractmethod
     def install(self) -> None:
@@ -64,20 +66,22 @@ class Platform(abc.ABC):
         """What the device computes from now on waits for them."""
 
     @abc.abstractmethod
-    def layer_spec(self, config: TransformerConfig) -> ModuleSpec:
-        """The decoder layers that a `GPTModel` of this configuration is built from."""
-
-    @abc.abstractmethod
     def plain_torch(self) -> contextlib.AbstractContextManager[None]:
         """Torch as it is, for code that names no other device than this platform's."""
 
     @abc.abstractmethod
-    def packed_attention(self, segment_ids_BS: torch.Tensor) -> dict[str, Any]:
+    def layer_spec(self, config: TransformerConfig) -> ModuleSpec:
+        """The decoder layers that a `GPTModel` of this configuration is built from."""
+
+    @abc.abstractmethod
+    def packed_attention(self, segments_BS: torch.Tensor, responses_BS: torch.Tensor) -> dict[str, Any]:
         """Arguments of `GPTModel.forward` that keep packed sequences apart.
 
         Args:
-            segment_ids_BS: int tensor [rows, seq_length] on the host; tokens attend only to earlier tokens of their row
+            segments_BS: int tensor [rows, seq_length] on the host; tokens attend only to earlier tokens of their row
                 with the same number. Numbers rise along a row.
+            responses_BS: likewise; of these tokens, only to those that have their own number or 0. A segment has one
+                response where the platform does not share prompts.
         """
 
     @abc.abstractmethod

@@ -32,6 +32,7 @@ class CpuPlatform(Platform):
     saves_in_background = False
     planned_as = "cpu-core"
     one_long_row = False
+    shares_prompts = True
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asserts it with tensor parallelism
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile inside vLLM's sampler fails under the device redirection
@@ -100,11 +101,12 @@ class CpuPlatform(Platform):
         spec.submodules.self_attention.submodules.core_attention = _sdpa_attention_class()
         return spec
 
-    def packed_attention(self, segment_ids_BS: torch.Tensor) -> dict[str, Any]:
-        length = segment_ids_BS.shape[1]
-        same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-        causal_SS = torch.ones(length, length, dtype=torch.bool).tril_()
-        return {"attention_mask": ~(same_BSS & causal_SS)[:, None], "packed_seq_params": None}
+    def packed_attention(self, segments_BS: torch.Tensor, responses_BS: torch.Tensor) -> dict[str, Any]:
+        length = segments_BS.shape[1]
+        seen_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
+        seen_BSS &= (responses_BS[:, :, None] == responses_BS[:, None, :]) | (responses_BS == 0)[:, None, :]
+        seen_BSS &= torch.ones(length, length, dtype=torch.bool).tril_()
+        return {"attention_mask": ~seen_BSS[:, None], "packed_seq_params": None}
 
     def check_fp8(self, recipe: str) -> None:
         raise ConfigError(f"FP8 recipe {recipe} needs a GPU and Transformer Engine: leave it out on the CPU platform")

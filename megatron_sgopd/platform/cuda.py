@@ -37,6 +37,7 @@ class CudaPlatform(Platform):
     saves_in_background = True
     planned_as = "h100-80g"
     one_long_row = True
+    shares_prompts = False  # attention kernels for packed rows know no prefix with branches
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order of launches
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process, its device and its weights
@@ -99,12 +100,12 @@ class CudaPlatform(Platform):
             qk_layernorm=config.qk_layernorm,
         )
 
-    def packed_attention(self, segment_ids_BS: torch.Tensor) -> dict[str, Any]:
+    def packed_attention(self, segments_BS: torch.Tensor, responses_BS: torch.Tensor) -> dict[str, Any]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        rows, length = segment_ids_BS.shape
-        starts_BS = torch.ones_like(segment_ids_BS, dtype=torch.bool)
-        starts_BS[:, 1:] = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+        rows, length = segments_BS.shape
+        starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
         starts = starts_BS.flatten().nonzero().flatten()
         cu_seqlens = torch.cat([starts, starts.new_tensor([rows * length])]).int()
         cu_seqlens = cu_seqlens.pin_memory().to(self.device, non_blocking=True)

@@ -15,17 +15,21 @@ from megatron_sgopd.rollout.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of packed sequences (R rows of S tokens) and the T response tokens in them, row by row.
+    """Rows of packed segments (R rows of S tokens) and the T response tokens in them, row by row.
 
-    A response token at column c is predicted at column c - 1, where its log-prob is taken.
+    A segment is a prompt with one response to it, or with several of its group: these attend to the prompt and to
+    themselves. Each response token has a column at which it is predicted, where its log-prob is taken: the one before
+    it, or the prompt's last for a response's first.
     """
 
     tokens_RS: torch.Tensor
     """int64; padding is 0."""
     positions_RS: torch.Tensor
-    """int64; starts at 0 in every sequence."""
+    """int64; starts at 0 in every prompt, and goes on from there in each of its responses."""
     segments_RS: torch.Tensor
-    """int64; rises along a row, one number a sequence; the padding at the end has a number of its own."""
+    """int64; rises along a row, one number a segment; the padding at the end has a number of its own."""
+    responses_RS: torch.Tensor
+    """int64; 0 in a prompt, then one number a response of its segment."""
     row_T: torch.Tensor
     """int64: the row of each response token."""
     column_T: torch.Tensor
@@ -38,6 +42,8 @@ class PackedRows:
     """int64: its place in that trajectory's response."""
     offsets_R1: tuple[int, ...]
     """Response tokens before each row; one more entry than rows."""
+    microbatch_rows: int
+    """Rows that pass through a model at once: an equal share of the rows for each rank is a multiple of it."""
 
     @property
     def rows(self) -> int:
@@ -53,65 +59,99 @@ class PackedRows:
         return slice(self.offsets_R1[start], self.offsets_R1[stop])
 
 
-def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: indices of the sequences in each row.
+def assign_rows(trajectories: Sequence[Trajectory], row_tokens: int, share_prompts: bool) -> list[list[list[int]]]:
+    """First-fit decreasing: for each row its segments, for each segment the indices of its trajectories.
+
+    Args:
+        share_prompts: a response goes behind the copy of its prompt that one of its group has in some row, if there is
+            room; whole groups come in decreasing order.
 
     Raises:
-        ConfigError: a sequence is longer than a row.
+        ConfigError: a trajectory is longer than a row.
     """
-    longest = max(lengths, default=0)
+    prompts = np.array([len(t.prompt.token_ids) for t in trajectories], dtype=np.int64)
+    responses = np.array([len(t.token_ids) for t in trajectories], dtype=np.int64)
+    longest = int((prompts + responses).max(initial=0))
     if longest > row_tokens:
         raise ConfigError(
             f"a sequence of {longest} tokens does not fit a row of train.row_tokens={row_tokens}: raise it to the "
             "longest prompt plus rollout.max_new_tokens"
         )
-    space = np.full(len(lengths), row_tokens)
-    rows: list[list[int]] = []
-    for index in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
-        row = int(np.argmax(space[: len(rows) + 1] >= lengths[index]))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        space[row] -= lengths[index]
+    groups: dict[object, list[int]] = {}
+    for index, trajectory in enumerate(trajectories):
+        groups.setdefault(trajectory.prompt.id if share_prompts else index, []).append(index)
+    space = np.full(len(trajectories), row_tokens)
+    rows: list[list[list[int]]] = []
+    for group in sorted(groups.values(), key=lambda group: -(prompts[group[0]] + responses[group].sum())):
+        segments: dict[int, list[int]] = {}
+        for index in sorted(group, key=lambda index: -responses[index]):
+            row = next((row for row in segments if space[row] >= responses[index]), None)
+            if row is None:
+                row = int(np.argmax(space[: len(rows) + 1] >= prompts[index] + responses[index]))
+                if row == len(rows):
+                    rows.append([])
+                rows[row].append(segments.setdefault(row, []))
+                space[row] -= prompts[index]
+            segments[row].append(index)
+            space[row] -= responses[index]
     return rows
 
 
-def pack(trajectories: Sequence[Trajectory], row_tokens: int, rows_multiple: int) -> PackedRows:
-    """Pack prompt + response of every trajectory; the row count is padded to a multiple of `rows_multiple`.
+def microbatch_rows(rows: int, shares: int, most: int) -> int:
+    """The smallest number of rows with which each of `shares` has as few microbatches as with `most` rows each."""
+    microbatches = max(1, math.ceil(rows / (shares * most)))
+    return max(1, math.ceil(rows / (shares * microbatches)))
+
+
+def pack(
+    trajectories: Sequence[Trajectory], row_tokens: int, shares: int, most_microbatch_rows: int, share_prompts: bool
+) -> PackedRows:
+    """Pack prompt and response of every trajectory into rows that can be split into equal shares of microbatches.
 
     Rows are dealt out in turn, so that equal contiguous shares of them hold like amounts of tokens.
+
+    Args:
+        shares: the data-parallel ranks of each model divide it.
+        most_microbatch_rows: rows that may pass through a model at once; all microbatches have as many.
+        share_prompts: see `assign_rows`.
 
     Raises:
         ConfigError: a trajectory is longer than `row_tokens`.
     """
-    lengths = [len(t.prompt.token_ids) + len(t.token_ids) for t in trajectories]
-    rows = assign_rows(lengths, row_tokens)
-    count = max(1, math.ceil(len(rows) / rows_multiple)) * rows_multiple
+    rows = assign_rows(trajectories, row_tokens, share_prompts)
+    size = microbatch_rows(len(rows), shares, most_microbatch_rows)
+    hands = shares * size
+    count = max(1, math.ceil(len(rows) / hands)) * hands
     rows += [[] for _ in range(count - len(rows))]
-    rows = [row for share in range(rows_multiple) for row in rows[share::rows_multiple]]
+    rows = [row for hand in range(hands) for row in rows[hand::hands]]
 
     tokens = np.zeros((count, row_tokens), dtype=np.int64)
-    positions = np.zeros_like(tokens)
-    segments = np.zeros_like(tokens)
+    positions, segments, responses = np.zeros_like(tokens), np.zeros_like(tokens), np.zeros_like(tokens)
     row_T, column_T, targets_T, trajectory_T, token_T, offsets = [], [], [], [], [], [0]
     for row, members in enumerate(rows):
         end = 0
-        for segment, index in enumerate(members):
-            trajectory, start = trajectories[index], end
-            end = start + lengths[index]
-            response = start + len(trajectory.prompt.token_ids)
-            tokens[row, start:response] = trajectory.prompt.token_ids
-            tokens[row, response:end] = trajectory.token_ids
-            positions[row, start:end] = np.arange(end - start)
+        for segment, indices in enumerate(members):
+            prompt_ids = trajectories[indices[0]].prompt.token_ids
+            start, end = end, end + len(prompt_ids)
+            first_prediction, length = end - 1, len(prompt_ids)
+            tokens[row, start:end] = prompt_ids
+            positions[row, start:end] = np.arange(length)
+            for response, index in enumerate(indices, start=1):
+                here = slice(end, end + len(trajectories[index].token_ids))
+                end = here.stop
+                tokens[row, here] = trajectories[index].token_ids
+                places = np.arange(end - here.start)
+                positions[row, here] = length + places
+                responses[row, here] = response
+                row_T.append(np.full(len(places), row))
+                column_T.append(np.where(places == 0, first_prediction, here.start - 1 + places))
+                targets_T.append(tokens[row, here])
+                trajectory_T.append(np.full(len(places), index))
+                token_T.append(places)
             segments[row, start:end] = segment
-            row_T.append(np.full(end - response, row))
-            column_T.append(np.arange(response - 1, end - 1))
-            targets_T.append(tokens[row, response:end])
-            trajectory_T.append(np.full(end - response, index))
-            token_T.append(np.arange(end - response))
         positions[row, end:] = np.arange(row_tokens - end)
         segments[row, end:] = len(members)
-        offsets.append(offsets[-1] + sum(len(trajectories[index].token_ids) for index in members))
+        offsets.append(offsets[-1] + sum(len(trajectories[index].token_ids) for part in members for index in part))
 
     def flat(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
@@ -120,10 +160,12 @@ def pack(trajectories: Sequence[Trajectory], row_tokens: int, rows_multiple: int
         torch.from_numpy(tokens),
         torch.from_numpy(positions),
         torch.from_numpy(segments),
+        torch.from_numpy(responses),
         flat(row_T),
         flat(column_T),
         flat(targets_T),
         flat(trajectory_T),
         flat(token_T),
         tuple(offsets),
+        size,
     )

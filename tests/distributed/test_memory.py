@@ -104,7 +104,7 @@ def saved_bytes(models: str, out: str) -> None:
                     model(
                         tokens,
                         torch.arange(row_tokens).expand(rows, row_tokens),
-                        **platform.current().packed_attention(torch.zeros_like(tokens)),
+                        **platform.current().packed_attention(*[torch.zeros_like(tokens)] * 2),
                     )
                 storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
                 total = sum(n for pointer, n in storages.items() if pointer not in weights)

@@ -34,10 +34,10 @@ def scored(models: str, name: str, fp8_recipe: str | None = None, offload: bool 
     generator = torch.Generator().manual_seed(0)
     prompt = Prompt("p", "", (1, 2, 3), "", "", {})
     drawn = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (5, 30, 61, 17, 40, 2, 9)]
-    rows = pack([Trajectory(prompt, i, t, (0.0,) * len(t), False) for i, t in enumerate(drawn)], 64, 2)
+    rows = pack([Trajectory(prompt, i, t, (0.0,) * len(t), False) for i, t in enumerate(drawn)], 64, 1, 2, False)
     base = base_config(bf16=True, params_dtype=torch.bfloat16, use_cpu_initialization=False)
     architecture = read_architecture(Path(models) / name)
-    scorer = Scorer(architecture, base, 1, 1, offload, 2, 0, fp8_recipe=fp8_recipe)
+    scorer = Scorer(architecture, base, 1, 1, offload, 0, fp8_recipe=fp8_recipe)
     if scorer.hosted is not None:
         scorer.hosted.fetch("weights")
         scorer.hosted.ready()

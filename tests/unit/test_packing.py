@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.packing import assign_rows, pack
+from megatron_sgopd.platform.cpu import CpuPlatform
+from megatron_sgopd.rollout.packing import PackedRows, assign_rows, microbatch_rows, pack
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.step import behaviour_logprobs, in_row_order
@@ -16,64 +17,88 @@ ROW = 16
 
 @st.composite
 def trajectories(draw: st.DrawFn) -> list[Trajectory]:
+    """Of a few prompts, several responses each; no two have a token in common."""
     made = []
-    for i in range(draw(st.integers(1, 20))):
+    for i in range(draw(st.integers(1, 8))):
         prompt_length = draw(st.integers(1, ROW - 1))
-        response_length = draw(st.integers(0, ROW - prompt_length))
-        prompt = Prompt(str(i), "", tuple(range(100 * i + 1, 100 * i + 1 + prompt_length)), "", "", {})
-        response = tuple(range(100 * i + 50, 100 * i + 50 + response_length))
-        made.append(Trajectory(prompt, 0, response, tuple(-float(token) for token in response), False))
-    return made
+        prompt = Prompt(str(i), "", tuple(range(1000 * i + 1, 1000 * i + 1 + prompt_length)), "", "", {})
+        for sample in range(draw(st.integers(1, 4))):
+            first, length = 1000 * i + 100 * (sample + 1), draw(st.integers(0, ROW - prompt_length))
+            response = tuple(range(first, first + length))
+            made.append(Trajectory(prompt, sample, response, tuple(-float(token) for token in response), False))
+    return draw(st.permutations(made))
 
 
-@given(trajectories(), st.integers(1, 4))
-def test_every_sequence_lies_whole_in_one_row_with_positions_from_zero(made: list[Trajectory], multiple: int):
-    rows = pack(made, ROW, multiple)
-    assert rows.rows % multiple == 0
-    found = []
-    for tokens, positions, segments in zip(rows.tokens_RS, rows.positions_RS, rows.segments_RS, strict=True):
-        assert (segments[1:] >= segments[:-1]).all()
-        for segment in segments.unique():
-            here = segments == segment
-            assert positions[here].tolist() == list(range(int(here.sum())))
-            found.append(tuple(tokens[here].tolist()))
-    expected = [t.prompt.token_ids + t.token_ids for t in made]
-    assert sorted(sequence for sequence in found if any(sequence)) == sorted(expected)
+def seen_at(rows: PackedRows, row: int, column: int) -> tuple[list[int], list[int]]:
+    """Tokens and positions that the token of a column attends to on the CPU, where prompts may be shared."""
+    mask = CpuPlatform().packed_attention(rows.segments_RS, rows.responses_RS)["attention_mask"]
+    seen = ~mask[row, 0, column]
+    return rows.tokens_RS[row, seen].tolist(), rows.positions_RS[row, seen].tolist()
 
 
-@given(trajectories(), st.integers(1, 4))
-def test_response_tokens_are_predicted_at_the_column_before_them(made: list[Trajectory], multiple: int):
-    rows = pack(made, ROW, multiple)
-    assert torch.equal(rows.tokens_RS[rows.row_T, rows.column_T + 1], rows.targets_T)
-    assert torch.equal(rows.segments_RS[rows.row_T, rows.column_T], rows.segments_RS[rows.row_T, rows.column_T + 1])
-    for trajectory, token, target in zip(rows.trajectory_T, rows.token_T, rows.targets_T, strict=True):
-        assert made[trajectory].token_ids[token] == target
-    assert len(rows.targets_T) == sum(len(t.token_ids) for t in made) == rows.offsets_R1[-1]
+@given(trajectories(), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_a_response_token_is_predicted_from_its_prompt_and_what_came_before_it(
+    made: list[Trajectory], shares: int, most: int, share_prompts: bool
+):
+    rows = pack(made, ROW, shares, most, share_prompts)
+    assert rows.rows % (shares * rows.microbatch_rows) == 0 and rows.microbatch_rows <= most
+    for t, (index, token) in enumerate(zip(rows.trajectory_T.tolist(), rows.token_T.tolist(), strict=True)):
+        trajectory = made[index]
+        expected = trajectory.prompt.token_ids + trajectory.token_ids[:token]
+        row, column = int(rows.row_T[t]), int(rows.column_T[t])
+        assert seen_at(rows, row, column) == (list(expected), list(range(len(expected))))
+        assert trajectory.token_ids[token] == rows.targets_T[t]
+    assert sorted(rows.targets_T.tolist()) == sorted(token for t in made for token in t.token_ids)
+    assert rows.offsets_R1[-1] == len(rows.targets_T)
     for row in range(rows.rows):
         assert (rows.row_T[rows.tokens_of_rows(row, row + 1)] == row).all()
+        assert (rows.segments_RS[row].diff() >= 0).all()
+    if not share_prompts:
+        assert int(rows.responses_RS.max()) <= 1
 
 
 @given(trajectories())
 def test_values_of_trajectories_come_to_their_tokens(made: list[Trajectory]):
-    rows = pack(made, ROW, 2)
+    rows = pack(made, ROW, 1, 2, share_prompts=True)
     assert torch.equal(behaviour_logprobs(made, rows), -rows.targets_T.float())
     values_T = torch.arange(len(rows.targets_T))
     assert torch.equal(in_row_order(values_T[rows.trajectory_order()], rows), values_T)
 
 
+def of_lengths(lengths: list[int], group_size: int = 1) -> list[Trajectory]:
+    """Trajectories of one prompt token and `length` - 1 of the response."""
+    return [
+        Trajectory(Prompt(str(i // group_size), "", (1,), "", "", {}), i, (2,) * (n - 1), (0.0,) * (n - 1), False)
+        for i, n in enumerate(lengths)
+    ]
+
+
 @given(st.lists(st.integers(1, ROW), min_size=1, max_size=60))
 def test_rows_are_full_enough(lengths: list[int]):
-    rows = assign_rows(lengths, ROW)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    assert all(sum(lengths[index] for index in row) <= ROW for row in rows)
-    # First fit leaves at most one row half empty or worse.
-    assert sum(2 * sum(lengths[index] for index in row) <= ROW for row in rows) <= 1
+    rows = assign_rows(of_lengths(lengths), ROW, share_prompts=False)
+    filled = [sum(lengths[index] for segment in row for index in segment) for row in rows]
+    assert sorted(index for row in rows for segment in row for index in segment) == list(range(len(lengths)))
+    assert max(filled) <= ROW
+    assert sum(2 * tokens <= ROW for tokens in filled) <= 1  # as first fit leaves them
+
+
+def test_groups_that_fit_share_one_prompt_and_others_as_few_as_they_can():
+    prompt = Prompt("p", "", (1,) * 6, "", "", {})
+    made = [Trajectory(prompt, i, (2,) * n, (0.0,) * n, False) for i, n in enumerate((3, 3, 4, 4))]
+    assert assign_rows(made, 20, share_prompts=True) == [[[2, 3, 0, 1]]]
+    assert assign_rows(made, 16, share_prompts=True) == [[[2, 3]], [[0, 1]]]
+
+
+@given(st.integers(0, 300), st.integers(1, 8), st.integers(1, 20))
+def test_microbatches_are_as_few_and_as_small_as_can_be(rows: int, shares: int, most: int):
+    size = microbatch_rows(rows, shares, most)
+    fewest = max(1, -(-rows // (shares * most)))
+    assert 1 <= size <= most and shares * fewest * size >= rows
+    assert size == 1 or shares * fewest * (size - 1) < rows
 
 
 def test_shares_of_the_rows_hold_like_amounts_of_tokens():
-    prompt = Prompt("0", "", (1,), "", "", {})
-    made = [Trajectory(prompt, i, (2,) * (1 + i % 9), (0.0,) * (1 + i % 9), False) for i in range(400)]
-    rows = pack(made, ROW, 4)
+    rows = pack(of_lengths([2 + i % 9 for i in range(400)], group_size=4), ROW, 4, 1, share_prompts=True)
     share = rows.rows // 4
     counts = [rows.tokens_of_rows(share * k, share * (k + 1)) for k in range(4)]
     sizes = [span.stop - span.start for span in counts]
@@ -82,4 +107,4 @@ def test_shares_of_the_rows_hold_like_amounts_of_tokens():
 
 def test_a_sequence_longer_than_a_row_is_refused():
     with pytest.raises(ConfigError, match=r"17 tokens does not fit a row of train.row_tokens=16"):
-        assign_rows([17], ROW)
+        assign_rows(of_lengths([17]), ROW, share_prompts=False)

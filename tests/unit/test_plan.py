@@ -187,10 +187,10 @@ def test_layouts_that_are_proposed_fit_and_the_recipes_own_one_does(
 
 
 def test_no_layout_is_proposed_that_fp8_cannot_multiply(capsys: pytest.CaptureFixture[str]) -> None:
-    _, found, _ = plan(capsys, "--gpus=32", "--set=train.row_tokens=4104", "--set=fp8.format=hybrid")
+    _, found, _ = plan(capsys, "--gpus=32", "--set=train.row_tokens=4128", "--set=fp8.format=hybrid")
     assert found["best"]
-    for one in found["best"]:  # 4104 is 8 more than a multiple of 16
-        assert one["settings"]["train.rows_per_microbatch"] * 4104 % (16 * one["settings"]["parallel.tensor"]) == 0
+    for one in found["best"]:  # 4128 is 16 times 2 times an odd number
+        assert one["settings"]["parallel.tensor"] <= 2
 
 
 def test_what_is_impossible_is_refused_with_the_nearest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def main() -> int:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        rows = pack(trajectories, ROW_TOKENS, 1)
+        rows = pack(trajectories, ROW_TOKENS, 1, 1, share_prompts=False)
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
     np.concatenate([np.asarray(t.token_ids) for t in trajectories])  # the tokens must be read once

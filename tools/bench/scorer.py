@@ -93,7 +93,7 @@ def scorer(root: Path, layers: int) -> Any:
     )
     Qwen3ForCausalLM(config).save_pretrained(root / str(layers))
     architecture = read_architecture(root / str(layers))
-    return Scorer(architecture, base_config(), 1, 1, False, ROWS_PER_MICROBATCH, 0)
+    return Scorer(architecture, base_config(), 1, 1, False, 0)
 
 
 def packed_rows(count: int) -> Any:
@@ -107,7 +107,7 @@ def packed_rows(count: int) -> Any:
     prompt, length = Prompt("p", "", tuple(range(32)), "", "", {}), ROW_TOKENS // 2 - 32
     drawn = np.random.default_rng(0).integers(0, VOCABULARY, (2 * count, length)).tolist()
     trajectories = [Trajectory(prompt, i, tuple(t), (0.0,) * length, False) for i, t in enumerate(drawn)]
-    return pack(trajectories, ROW_TOKENS, ROWS_PER_MICROBATCH)
+    return pack(trajectories, ROW_TOKENS, 1, ROWS_PER_MICROBATCH, share_prompts=False)
 
 
 def bare(model: Any, rows: Any) -> None:
@@ -119,7 +119,9 @@ def bare(model: Any, rows: Any) -> None:
 
     with torch.no_grad():
         for batch in microbatches(rows, 0, rows.rows, ROWS_PER_MICROBATCH):
-            model(batch.tokens_BS, batch.positions_BS, **current().packed_attention(batch.segments_BS))
+            model(
+                batch.tokens_BS, batch.positions_BS, **current().packed_attention(batch.segments_BS, batch.responses_BS)
+            )
 
 
 def both(one: Any, rows: Any) -> tuple[float, float]:
