@@ -347,7 +347,7 @@ class TrainSettings:
     row_tokens: int = Field(default=4096, ge=8)
     """Length of a packed row in tokens; a prompt and its response must fit."""
     rows_per_microbatch: int = Field(default=1, ge=1)
-    """Packed rows that pass through the model at once."""
+    """Most packed rows that pass through the model at once: microbatches are as few as that allows, and of one size."""
 
 
 @dataclass(frozen=True, config=_STRICT)
