@@ -129,3 +129,7 @@ def test_objects_in_a_checkpoint_are_not_unpickled_freely_once_the_plugin_has_as
     content.seek(0)
     planner.load_bytes(item, content)
     assert (tmp_path / "executed").exists(), "else there was nothing to prevent"
+
+
+def test_the_rope_of_all_columns_goes_to_the_decoder_by_name():
+    assert "rotary_pos_emb=rotary_pos_emb," in inspect.getsource(GPTModel.forward)

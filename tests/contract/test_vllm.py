@@ -3,6 +3,7 @@
 import inspect
 
 import vllm
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.worker.gpu_worker import Worker
@@ -36,3 +37,8 @@ def test_shutdown_destroys_the_default_process_group_so_its_finalizer_is_detache
     assert "self._finalizer = weakref.finalize(self, self.engine_core.shutdown)" in inspect.getsource(
         InprocClient.__init__
     )
+
+
+def test_without_onednn_linear_layers_on_a_cpu_multiply_by_the_weights_they_were_given():
+    *_, fallback = inspect.getsource(dispatch_cpu_unquantized_gemm).partition("ops._supports_onednn")
+    assert "torch.nn.functional.linear(\n        x, weight, bias\n    )" in fallback

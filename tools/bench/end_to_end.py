@@ -5,16 +5,13 @@ The arithmetic example's run on this machine: responses a second, and the share 
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import example
 from reporting import Figure, parser, report
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def main() -> int:
@@ -22,12 +19,8 @@ def main() -> int:
     arguments.add_argument("--steps", type=int, default=12)
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"run_dir={folder}/run", f"train.steps={options.steps}", "train.warmup_steps=0"]
-        settings += ["data.heldout=null", "evaluate.teacher=false"]
-        command = [sys.executable, "-m", "megatron_sgopd.cli", "train", "examples/arithmetic_cpu/recipe.yaml"]
-        command += [f"--set={setting}" for setting in settings]
-        subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()][1:]
+        settings = {"train.steps": options.steps, "train.warmup_steps": 0}
+        lines = example.train(Path(folder) / "run", settings, {})[1:]
     responses = [line["response_tokens"] / line["response_length"] / line["seconds"] for line in lines]
     stages = {name for line in lines for name in line["stage_seconds"]}
     figures = [

@@ -10,22 +10,20 @@ probability 1/130 at each token, at most 384: a third of that on average.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import example
 from reporting import Figure, parser, report
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import RolloutSettings
 
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
 THREADS, WARM_UP = 2, 2
 
 
@@ -41,7 +39,7 @@ class Case:
     steps: int
     at_least: float
     """Of ours over TRL's."""
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
     """Of our recipe, besides."""
 
 
@@ -50,7 +48,7 @@ def main() -> int:
     arguments.add_argument("--repetitions", type=int, default=5, help="runs of each, in turns (5)")
     arguments.add_argument("--only", choices=("arithmetic", "long-tailed"), help="one of the two cases")
     options = arguments.parse_args()
-    if not (REPOSITORY / ".trl/trl").is_dir():
+    if not (example.REPOSITORY / ".trl/trl").is_dir():
         sys.exit("TRL is not there: `make bench-peers` installs it, beside .venv")
     with tempfile.TemporaryDirectory() as folder:
         figures: list[Figure] = []
@@ -61,9 +59,9 @@ def main() -> int:
 
 
 def cases(folder: Path) -> list[Case]:
-    models = RECIPE.parent / "models"
+    models = example.RECIPE.parent / "models"
     student, teacher = (endless(models / name, folder / name) for name in ("student", "teacher"))
-    rows = ("train.row_tokens=512", "train.rows_per_microbatch=8")
+    rows = {"train.row_tokens": 512, "train.rows_per_microbatch": 8}
     return [
         Case("arithmetic", models / "student", models / "teacher", 64, 4e-4, 6, 1.0),
         Case("long-tailed", student, teacher, 384, 1e-9, 4, 3.0, rows),
@@ -92,7 +90,7 @@ def compared(case: Case, repetitions: int, folder: Path) -> list[Figure]:
     from megatron_sgopd.recipe import load_recipe
     from megatron_sgopd.rollout.prompts import load_prompts
 
-    recipe, prompts = load_recipe(RECIPE), folder / f"{case.name}.json"
+    recipe, prompts = load_recipe(example.RECIPE), folder / f"{case.name}.json"
     batch = recipe.rollout.prompts_per_step * recipe.rollout.group_size
     problems = load_prompts(recipe.data.train, AutoTokenizer.from_pretrained(case.student))
     prompts.write_text(json.dumps([prompt.text for prompt in problems]))
@@ -116,7 +114,6 @@ def compared(case: Case, repetitions: int, folder: Path) -> list[Figure]:
 def ours(case: Case, run_dir: Path) -> dict[str, Any]:
     """Seconds and mean response length of each step."""
     settings = {
-        "run_dir": run_dir,
         "parallel.ranks": 1,
         "parallel.tensor": 1,
         "sgopd.method": "opd",
@@ -129,13 +126,9 @@ def ours(case: Case, run_dir: Path) -> dict[str, Any]:
         "train.min_learning_rate": 0,
         "train.schedule": "constant",
         "train.warmup_steps": 0,
-        "data.heldout": "null",
-        "evaluate.teacher": "false",
+        **case.settings,
     }
-    command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE)]
-    command += [f"--set={name}={value}" for name, value in settings.items()] + [f"--set={s}" for s in case.settings]
-    run(command, {"OMP_NUM_THREADS": str(THREADS)})
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = example.train(run_dir, settings, {"OMP_NUM_THREADS": str(THREADS)})
     return {"seconds": [line["seconds"] for line in lines], "lengths": [line["response_length"] for line in lines]}
 
 
@@ -152,18 +145,8 @@ def theirs(case: Case, rollout: RolloutSettings, prompts: Path) -> dict[str, Any
     }
     command = [*program, str(case.student), str(case.teacher), str(prompts)]
     command += [f"--{name}={value}" for name, value in options.items()]
-    said = run(command, {"PYTHONPATH": str(REPOSITORY / ".trl")})
+    said = example.said(command, {"PYTHONPATH": str(example.REPOSITORY / ".trl")})
     return json.loads(said.splitlines()[-1])
-
-
-def run(command: list[str], environment: dict[str, str]) -> str:
-    """What the command prints; ends the bench with the command's own words where it fails."""
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
-    return done.stdout
 
 
 if __name__ == "__main__":

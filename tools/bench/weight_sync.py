@@ -1,4 +1,4 @@
-""".venv/bin/python tools/bench/weight_sync.py [--layers 12] [--json]
+""".venv/bin/python tools/bench/weight_sync.py [--layers 4] [--json]
 
 A weight sync of a model of half a gigabyte and more, digests on both sides and vLLM's own loading included, against a
 copy of as many bytes in memory; an engine's later ones, since its first reads all rows. One process, float32.
@@ -27,7 +27,7 @@ _MEMORY = 256 << 20
 
 def main() -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--layers", type=int, default=4, help="of 28 (4)")
     options = arguments.parse_args()
     from megatron_sgopd.platform import select
 
@@ -38,14 +38,13 @@ def main() -> int:
 
     config = Qwen3Config(
         vocab_size=16000,
-        hidden_size=1024,
-        intermediate_size=3072,
+        hidden_size=2048,
+        intermediate_size=6144,
         num_hidden_layers=options.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
     )
     with tempfile.TemporaryDirectory() as root:
         Qwen3ForCausalLM(config).save_pretrained(root)
