@@ -18,6 +18,7 @@ from megatron_sgopd.imports import import_function
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.provider import padded_vocab_size
 from megatron_sgopd.objective.methods import Method, method_from_settings
+from megatron_sgopd.platform import gpu_memory
 from megatron_sgopd.rollout.bank import IDENTITY, BankIdentity, RolloutBank, check_identity
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
 from megatron_sgopd.rollout.teacher_rollouts import bank_folder, teacher_worker
@@ -58,6 +59,11 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     student, teacher = read_architecture(settings.model.path), read_architecture(settings.teacher.path)
     for architecture in (student, teacher):
         check_conversion(architecture.folder)
+    if student.num_experts and replay is None and (settings.platform == "cpu" or gpu_memory() is None):
+        raise ConfigError(
+            f"model.path={settings.model.path} has experts, and vLLM takes no new weights for experts on a CPU: train "
+            "it on GPUs, or take a model without experts"
+        )
     _check_lengths(settings, student, teacher, row_tokens)
     tokenizer = common_tokenizer(settings)
     heldout: Sequence[Prompt] = ()

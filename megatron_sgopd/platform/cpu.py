@@ -132,10 +132,7 @@ class CpuPlatform(Platform):
         }
 
     def load_engine_weights(self, engine: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if engine.llm_engine.model_config.is_moe:  # experts are packed when a layer is loaded
-            engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        else:
-            engine.apply_model(lambda model: model.load_weights(weights))
+        engine.apply_model(lambda model: model.load_weights(weights))
 
 
 class _CudaMeansCpu(TorchFunctionMode):

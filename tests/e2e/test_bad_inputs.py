@@ -60,6 +60,14 @@ def bank(folder: Path, **other: object) -> Path:
         return folder
 
 
+def with_experts(folder: Path) -> Path:
+    """A folder without weights."""
+    shutil.copytree(STUDENT, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copy(REPOSITORY / "examples/qwen3_30b_a3b_to_1p7b/configs/teacher/config.json", folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    return folder
+
+
 TAUGHT = ["teacher_rollouts.weight=0.5", "teacher_rollouts.end_step=10"]
 GOOD = {"prompt": "1+1", "answer": "2"}
 
@@ -81,6 +89,10 @@ BAD = {
             + "'}"
         ],
         "tokens",
+    ),
+    "a student with experts": (
+        lambda tmp: [f"model.path={with_experts(tmp / 'experts')}"],
+        "has experts, and vLLM takes no new weights for experts on a CPU",
     ),
     "row longer than the model's context": (lambda tmp: ["train.row_tokens=4096"], "more than the context"),
     "empty dataset": (lambda tmp: ["data.train={source: '" + str(jsonl(tmp / "p.jsonl")) + "'}"], "p.jsonl"),
