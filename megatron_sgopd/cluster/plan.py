@@ -407,7 +407,7 @@ class Planner:
         layers = architecture.num_layers // setup.pipeline
         kept = memory.layer_input_bytes(architecture, spread.layout, tokens, setup.sequence)
         of_stage = layers * (kept if setup.recompute else layer) + (layer if setup.recompute else 0)
-        microbatches = math.ceil(self._work.rows(setup.shares) / setup.student.data / setup.rows_per_microbatch)
+        microbatches = spread.microbatches(self._work.rows(setup.shares), setup.rows_per_microbatch)
         first = {"activations": min(setup.pipeline, microbatches) * of_stage, "output layer": 0}
         logits = self._chunk_logits(architecture, setup.tensor, tokens)
         output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=True)

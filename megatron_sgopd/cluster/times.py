@@ -61,6 +61,10 @@ class Spread:
     def ranks(self) -> int:
         return self.layout.tensor * self.layout.pipeline * self.data
 
+    def microbatches(self, rows: int, most: int) -> int:
+        """Of each data-parallel rank, with at most so many of the packed rows in one."""
+        return math.ceil(rows / self.data / most)
+
     def bandwidth(self, device: Device, ranks: int) -> float:
         """Of a collective of consecutive ranks, bytes a second and rank."""
         if ranks <= device.per_node:
@@ -112,7 +116,7 @@ def forward_seconds(
 ) -> float:
     """A forward pass over all rows, as a scorer makes it."""
     compute = _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("forward")
-    microbatches = math.ceil(rows / spread.data / rows_per_microbatch)
+    microbatches = spread.microbatches(rows, rows_per_microbatch)
     return (compute + _exchange_seconds(architecture, spread, work, rows, device)) * _bubble(spread, microbatches)
 
 
@@ -133,7 +137,7 @@ def train_seconds(
     """
     passes = 4 if recompute else 3
     compute = passes * _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("train")
-    microbatches = math.ceil(rows / spread.data / rows_per_microbatch)
+    microbatches = spread.microbatches(rows, rows_per_microbatch)
     within_layers = (passes - 1) * _exchange_seconds(architecture, spread, work, rows, device)
     elements = shard_elements(architecture, spread.layout, 0)
     share = (spread.data - 1) / spread.data

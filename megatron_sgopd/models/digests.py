@@ -80,7 +80,7 @@ def grouped_digest(
     if not grouped.numel():
         return halves_2
     read = rows if math.prod(shape) > _SMALL else ALL_ROWS
-    matrix_GHC = grouped.detach().flatten(2) if grouped.ndim > 2 else grouped.detach()[..., None]
+    matrix_GHC = grouped.detach().reshape(groups, height, -1)
     width = matrix_GHC.shape[2]
     columns_2C = _odd_numbers(_COLUMNS, first_column, width, device)
     ones_2 = columns_2C.sum(1, dtype=torch.int32)

@@ -119,10 +119,7 @@ class CpuPlatform(Platform):
     ) -> dict[str, Any]:
         if quantization is not None:
             raise ConfigError(f"fp8.rollouts={quantization} needs a GPU: leave it out on the CPU platform")
-        from vllm import _custom_ops
-
-        # Else linear layers multiply by packed copies of their weights, to be made anew at each sync.
-        _custom_ops._supports_onednn = False
+        _adapt_vllm()
         return {
             "enforce_eager": True,
             "kv_cache_memory_bytes": cache_bytes,
@@ -274,6 +271,14 @@ def _adapt_megatron() -> None:
 
     # Its own makes arrays of GPU tensors only, and torch's all-to-all takes no tensor of split sizes.
     token_dispatcher.maybe_move_tensor_to_cpu = host_copy
+
+
+def _adapt_vllm() -> None:
+    """Called when an engine is built: a process without one is spared the seconds that importing vLLM takes."""
+    from vllm import _custom_ops
+
+    # Else linear layers multiply by packed copies of their weights, to be made anew at each sync.
+    _custom_ops._supports_onednn = False
 
 
 def _sdpa_attention_class() -> type:

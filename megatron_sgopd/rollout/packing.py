@@ -97,10 +97,10 @@ def assign_rows(trajectories: Sequence[Trajectory], row_tokens: int, share_promp
     return rows
 
 
-def microbatch_rows(rows: int, shares: int, most: int) -> int:
-    """The smallest number of rows with which each of `shares` has as few microbatches as with `most` rows each."""
+def split_evenly(rows: int, shares: int, most: int) -> tuple[int, int]:
+    """Microbatches of each of `shares`, as few as with `most` rows each, and the rows of one, as few as that allows."""
     microbatches = max(1, math.ceil(rows / (shares * most)))
-    return max(1, math.ceil(rows / (shares * microbatches)))
+    return microbatches, max(1, math.ceil(rows / (shares * microbatches)))
 
 
 def pack(
@@ -119,9 +119,9 @@ def pack(
         ConfigError: a trajectory is longer than `row_tokens`.
     """
     rows = assign_rows(trajectories, row_tokens, share_prompts)
-    size = microbatch_rows(len(rows), shares, most_microbatch_rows)
+    microbatches, size = split_evenly(len(rows), shares, most_microbatch_rows)
     hands = shares * size
-    count = max(1, math.ceil(len(rows) / hands)) * hands
+    count = microbatches * hands
     rows += [[] for _ in range(count - len(rows))]
     rows = [row for hand in range(hands) for row in rows[hand::hands]]
 

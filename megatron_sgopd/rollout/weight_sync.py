@@ -16,8 +16,8 @@ _ROWS_BETWEEN = 64
 def compared_rows(engine: RolloutEngine) -> Rows:
     """Those that the engine's next sync compares.
 
-    All of them at its first, which shows whatever is wrong with names, shapes and shards; then one of 64, others each
-    time, which shows what was left out, stale or out of place at a 64th of the work.
+    All of them at its first, which shows whatever is wrong with names, shapes and shards; then one of `_ROWS_BETWEEN`,
+    others each time, which shows what was left out, stale or out of place at as small a part of the work.
     """
     version = engine.weight_version
     return Rows(_ROWS_BETWEEN, version % _ROWS_BETWEEN) if version else ALL_ROWS

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.platform.cpu import CpuPlatform
-from megatron_sgopd.rollout.packing import PackedRows, assign_rows, microbatch_rows, pack
+from megatron_sgopd.rollout.packing import PackedRows, assign_rows, pack, split_evenly
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.step import behaviour_logprobs, in_row_order
@@ -91,8 +91,9 @@ def test_groups_that_fit_share_one_prompt_and_others_as_few_as_they_can():
 
 @given(st.integers(0, 300), st.integers(1, 8), st.integers(1, 20))
 def test_microbatches_are_as_few_and_as_small_as_can_be(rows: int, shares: int, most: int):
-    size = microbatch_rows(rows, shares, most)
+    microbatches, size = split_evenly(rows, shares, most)
     fewest = max(1, -(-rows // (shares * most)))
+    assert microbatches == fewest
     assert 1 <= size <= most and shares * fewest * size >= rows
     assert size == 1 or shares * fewest * (size - 1) < rows
 
