@@ -82,16 +82,30 @@ def grouped_digest(
     read = rows if math.prod(shape) > _SMALL else ALL_ROWS
     matrix_GHC = grouped.detach().reshape(groups, height, -1)
     width = matrix_GHC.shape[2]
-    columns_2C = _odd_numbers(_COLUMNS, first_column, width, device)
-    ones_2 = columns_2C.sum(1, dtype=torch.int32)
+    columns_2C, ones_2 = _column_factors(first_column, width, device)
     count = (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // width or 1
     for begin in range(read.skipped(first_row), groups * height, count * read.step):
-        index_R = torch.arange(begin, min(begin + count * read.step, groups * height), read.step, device=device)
-        rows_2R = _odd_numbers(_ROWS, first_row + begin, len(index_R), device, read.step)
-        bits_RC = _bits(matrix_GHC[index_R // height, index_R % height])
-        sums_2R = (columns_2C[:, None] * bits_RC).sum(2, dtype=torch.int32).add_(ones_2[:, None])
+        bits_RC = _bits(_rows(matrix_GHC, slice(begin, begin + count * read.step, read.step)))
+        rows_2R = _odd_numbers(_ROWS, first_row + begin, len(bits_RC), device, read.step)
+        sums_2R = _products(columns_2C, bits_RC).add_(ones_2)
         halves_2 += sums_2R.mul_(rows_2R).sum(1, dtype=torch.int32)
     return halves_2
+
+
+def _rows(matrix_GHC: torch.Tensor, chosen: slice) -> torch.Tensor:
+    """These rows, counted on from group to group: [R, C]."""
+    groups, height = matrix_GHC.shape[:2]
+    if groups == 1:
+        return matrix_GHC[0, chosen]
+    index_R = torch.arange(*chosen.indices(groups * height), device=matrix_GHC.device)
+    return matrix_GHC[index_R // height, index_R % height]
+
+
+def _products(factors_2C: torch.Tensor, bits_RC: torch.Tensor) -> torch.Tensor:
+    """Sums over columns modulo 2^32: int32 [2, R]."""
+    if bits_RC.device.type == "cpu":
+        return torch.mm(factors_2C, bits_RC.t())
+    return (factors_2C[:, None] * bits_RC).sum(2, dtype=torch.int32)  # no integer matmul on CUDA
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
@@ -106,6 +120,13 @@ def _odd_numbers(kind: int, first: int, count: int, device: torch.device, step: 
     """Two pseudo-random odd numbers for each `step`-th index of a kind from `first` on, int32 [2, count]."""
     end = first + count * step
     return _odd_table(kind, 1 << end.bit_length(), device)[:, first:end:step]
+
+
+@functools.cache
+def _column_factors(first: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns' numbers, int32 [2, width], and their sums, int32 [2, 1]."""
+    columns_2C = _odd_numbers(_COLUMNS, first, width, device)
+    return columns_2C, columns_2C.sum(1, keepdim=True, dtype=torch.int32)
 
 
 @functools.cache

@@ -164,31 +164,31 @@ def shard_digests(
     """
     held = _bind(model, architecture, groups)
     owned = owned_parameters(architecture)
+    nothing = torch.zeros(2, dtype=torch.int64, device=_device(model))
     found: dict[str, list[int]] = {}
     for of_experts, reduced in ((False, (groups.tp, groups.pp)), (True, (groups.expt_tp, groups.ep, groups.pp))):
         members = [parameter for parameter in owned if (parameter.expert is not None) is of_experts]
         if members:
-            parts = {
-                name: part
-                for parameter in members
-                for name, part in _digest_parts(parameter, held.get(parameter), reduced[0], model, rows).items()
-            }
-            total = torch.stack(list(parts.values()))
+            parts: dict[str, torch.Tensor] = {}
+            for parameter in members:
+                if parameter in held:
+                    parts |= _digest_parts(parameter, held[parameter], reduced[0], model.vocab_size, rows)
+            names = [piece.name for parameter in members for piece in parameter.pieces]
+            total = torch.stack([parts.get(name, nothing) for name in names])
             for group in reduced:
                 if group.size() > 1:
                     dist.all_reduce(total, group=group)
-            found |= zip(parts, total.tolist(), strict=True)
+            found |= zip(names, total.tolist(), strict=True)
     return {piece.name: digest_of(found[piece.name]) for parameter in owned for piece in parameter.pieces}
 
 
 def _digest_parts(
-    parameter: Parameter, weight: torch.Tensor | None, group: dist.ProcessGroup, model: GPTModel, rows: Rows
+    parameter: Parameter, weight: torch.Tensor, group: dist.ProcessGroup, padded_vocab_size: int, rows: Rows
 ) -> dict[str, torch.Tensor]:
-    """What this rank adds to the halves of the digest of each of a parameter's pieces, int64 [2]."""
-    nothing = torch.zeros(2, dtype=torch.int64, device=_device(model))
-    if weight is None or (group.rank() > 0 and parameter.layout is Layout.REPLICATED):
-        return {piece.name: nothing for piece in parameter.pieces}
+    """What this rank's shard adds to the halves of the digest of each of a parameter's pieces, int64 [2]."""
+    if group.rank() > 0 and parameter.layout is Layout.REPLICATED:
+        return {}
     return {
         slab.piece.name: grouped_digest(slab.view(weight), slab.piece.shape, slab.axis, slab.start, rows)
-        for slab in parameter.slabs(group.rank(), group.size(), model.vocab_size)
+        for slab in parameter.slabs(group.rank(), group.size(), padded_vocab_size)
     }

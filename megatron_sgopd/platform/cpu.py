@@ -7,6 +7,7 @@ here, one line of reason each, and is installed only when the CPU platform was s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ class CpuPlatform(Platform):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks of one machine must not be bound to the same cores
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; read at import, replaced by the exact size in engine_options
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on huge pages: a weight sync is a tenth faster
         "TOKENIZERS_PARALLELISM": "false",
     }
     megatron_flags = (
@@ -58,6 +60,7 @@ class CpuPlatform(Platform):
     def install(self) -> None:
         for key, value in self.environment.items():
             os.environ.setdefault(key, value)
+        _keep_freed_memory()
         _redirect_devices()
         _replace_cuda_runtime()
         _adapt_megatron()
@@ -130,6 +133,16 @@ class CpuPlatform(Platform):
 
     def load_engine_weights(self, engine: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         engine.apply_model(lambda model: model.load_weights(weights))
+
+
+def _keep_freed_memory() -> None:
+    """Let the next tensor of some MiB have the pages of the last one, whose first touch costs more than filling them.
+
+    glibc would give them back to the kernel, as CUDA's caching allocator does not.
+    """
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # malloc.h
+    mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+    mallopt(trim_threshold, 256 << 20)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

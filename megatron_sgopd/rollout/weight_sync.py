@@ -10,7 +10,8 @@ from megatron_sgopd.errors import Alarm
 from megatron_sgopd.models.digests import ALL_ROWS, Rows, digest_halves, digest_of
 from megatron_sgopd.rollout.engine import RolloutEngine
 
-_ROWS_BETWEEN = 64
+_ROWS_BETWEEN = 128
+"""An attention head's in most models, so that each rank's shard of a matrix has a row that is read."""
 
 
 def compared_rows(engine: RolloutEngine) -> Rows:

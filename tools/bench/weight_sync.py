@@ -1,7 +1,8 @@
-""".venv/bin/python tools/bench/weight_sync.py [--layers 4] [--json]
+""".venv/bin/python tools/bench/weight_sync.py [--layers 4] [--threads 1] [--json]
 
 A weight sync of a model of half a gigabyte and more, digests on both sides and vLLM's own loading included, against a
-copy of as many bytes in memory; an engine's later ones, since its first reads all rows. One process, float32.
+copy of as many bytes in memory; an engine's later ones, since its first reads all rows. One process, float32, by
+default of one thread, as a rank has that has a core. Medians of syncs, copies and parts in turns.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from reporting import Figure, parser, report
 if TYPE_CHECKING:
     import torch
 
-REPETITIONS = 5
+REPETITIONS = 15
 _MEMORY = 256 << 20
 
 
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--layers", type=int, default=4, help="of 28 (4)")
+    arguments.add_argument("--threads", type=int, default=1, help="of the process (1)")
     options = arguments.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from megatron_sgopd.platform import select
 
     select("cpu")
@@ -97,7 +100,7 @@ def measure(folder: str) -> tuple[dict[str, list[float]], int]:
             began = time.perf_counter()
             with current().plain_torch():
                 run()
-            if repetition:  # the first is slow
+            if repetition:  # the first reads all rows
                 took[name].append(time.perf_counter() - began)
     engine.close()
     return took, flat.nbytes
