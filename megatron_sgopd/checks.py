@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.checkpoint.files import check_conversion
-from megatron_sgopd.cluster.plan import check_divides, setup_of
+from megatron_sgopd.cluster.plan import check_divides, check_full_estimator, setup_of
 from megatron_sgopd.config import PromptSettings, Recipe, Settings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.imports import import_function
 from megatron_sgopd.models.architecture import Architecture, read_architecture
-from megatron_sgopd.models.provider import padded_vocab_size
 from megatron_sgopd.objective.methods import Method, method_from_settings
 from megatron_sgopd.platform import gpu_memory
 from megatron_sgopd.rollout.bank import IDENTITY, BankIdentity, RolloutBank, check_identity
@@ -211,30 +210,6 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"the tokenizer in {path} cannot be read: {error}") from None
 
 
-def check_full_estimator(
-    settings: Settings, student: Architecture, teacher: Architecture, tensor: int, pipeline: int
-) -> None:
-    """Check that both models' output layers are split alike, so that their logits can be compared where they are.
-
-    Raises:
-        ConfigError: naming the setting that does not fit.
-    """
-    theirs = settings.teacher.tensor_parallel or tensor, settings.teacher.pipeline_parallel or pipeline
-    if theirs != (tensor, pipeline) or settings.teacher.offload:
-        raise ConfigError(
-            f"sgopd.estimator=full needs the teacher's output layer beside the student's, but the teacher is laid out "
-            f"{theirs[0]} x {theirs[1]}, the student {tensor} x {pipeline}, and teacher.offload is "
-            f"{settings.teacher.offload}: leave out the settings of the teacher's layout, or take estimator sampled"
-        )
-    rows = [padded_vocab_size(architecture, tensor) for architecture in (student, teacher)]
-    if rows[0] != rows[1] or student.vocab_size > teacher.vocab_size:
-        raise ConfigError(
-            f"sgopd.estimator=full needs a teacher's logit for each of the student's, but the student has "
-            f"{student.vocab_size} tokens in {rows[0]} rows and the teacher {teacher.vocab_size} in {rows[1]}: take "
-            "estimator sampled"
-        )
-
-
 def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -> None:
     """Ranks, heads, layers and batches divide as the layout needs.
 
@@ -245,7 +220,7 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
     setup = setup_of(recipe)
     check_divides(setup, student, teacher, rollout.prompts_per_step * rollout.group_size)
     if recipe.sgopd.estimator == "full":
-        check_full_estimator(recipe, student, teacher, parallel.tensor, parallel.pipeline)
+        check_full_estimator(student, teacher, setup.student.layout, setup.teacher.layout, setup.offload)
     split = math.lcm(setup.tensor, setup.teacher_tensor)
     if parallel.sequence and train.row_tokens % split:
         raise ConfigError(

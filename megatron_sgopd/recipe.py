@@ -109,8 +109,7 @@ def check_memory(recipe: Recipe) -> None:
     Raises:
         ConfigError: naming the phase that does not fit, what it needs, and the mend.
     """
-    nbytes = gpu_memory() if recipe.platform != "cpu" else None
-    if nbytes is None:
+    if recipe.platform == "cpu" or gpu_memory() is None:
         return
     plan = plan_here(recipe, method_of(recipe), CudaPlatform.planned_as)
     if plan.problems:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.checks import Inputs, check_full_estimator, check_inputs
+from megatron_sgopd.checks import Inputs, check_inputs
 from megatron_sgopd.cluster.hardware import GIB
+from megatron_sgopd.cluster.plan import check_full_estimator
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError, Stopped
 from megatron_sgopd.evaluation.heldout import respond
@@ -25,6 +26,7 @@ from megatron_sgopd.models.microbatch import unwrapped
 from megatron_sgopd.models.policy import PolicyStep, Student
 from megatron_sgopd.models.provider import check_model, set_rotary_frequencies
 from megatron_sgopd.models.scorer import Scorer
+from megatron_sgopd.models.weight_map import ParallelLayout
 from megatron_sgopd.models.weights import load_weights
 from megatron_sgopd.monitor.alarms import check_metrics
 from megatron_sgopd.monitor.clock import Clock
@@ -275,7 +277,8 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     teacher_pipeline = settings.teacher.pipeline_parallel or pipeline
     full = method.estimator == "full"
     if full:
-        check_full_estimator(settings, inputs.student, inputs.teacher, tensor, pipeline)
+        layouts = ParallelLayout(tensor, pipeline), ParallelLayout(teacher_tensor, teacher_pipeline)
+        check_full_estimator(inputs.student, inputs.teacher, *layouts, settings.teacher.offload)
     monitor = Monitor(settings, args.iteration, args.train_iters)
     verification = Verification(settings.verify, inputs.tokenizer)
     if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:

@@ -172,6 +172,34 @@ def check_divides(setup: Setup, student: Architecture, teacher: Architecture | N
         )
 
 
+def check_full_estimator(
+    student: Architecture,
+    teacher: Architecture,
+    student_layout: ParallelLayout,
+    teacher_layout: ParallelLayout,
+    offload: bool,
+) -> None:
+    """Both models' output layers are split alike and on the device, so that logits can be compared where they are.
+
+    Raises:
+        ConfigError: naming the setting that does not fit.
+    """
+    (tensor, pipeline), theirs = ((layout.tensor, layout.pipeline) for layout in (student_layout, teacher_layout))
+    if theirs != (tensor, pipeline) or offload:
+        raise ConfigError(
+            f"sgopd.estimator=full needs the teacher's output layer beside the student's, but the teacher is laid out "
+            f"{theirs[0]} x {theirs[1]}, the student {tensor} x {pipeline}, and teacher.offload is {offload}: leave "
+            "out the settings of the teacher's layout, or take estimator sampled"
+        )
+    rows = [padded_vocab_size(architecture, tensor) for architecture in (student, teacher)]
+    if rows[0] != rows[1] or student.vocab_size > teacher.vocab_size:
+        raise ConfigError(
+            f"sgopd.estimator=full needs a teacher's logit for each of the student's, but the student has "
+            f"{student.vocab_size} tokens in {rows[0]} rows and the teacher {teacher.vocab_size} in {rows[1]}: take "
+            "estimator sampled"
+        )
+
+
 def planner_of(
     recipe: Recipe,
     method: Method,
@@ -276,11 +304,11 @@ class Planner:
         try:
             check_divides(setup, self._student, self._teacher, self._work.responses)
             check_fp8_layout(self._recipe, setup, self._student, self._teacher)
+            if self._teacher is not None and self._recipe.sgopd.estimator == "full":
+                layouts = setup.student.layout, setup.teacher.layout
+                check_full_estimator(self._student, self._teacher, *layouts, setup.offload)
         except ConfigError as error:
             return str(error)
-        laid_out = setup.teacher_tensor, setup.teacher_pipeline
-        if self._recipe.sgopd.estimator == "full" and (setup.offload or laid_out != (setup.tensor, setup.pipeline)):
-            return "sgopd.estimator=full needs the teacher laid out as the student, and on the device"
         return None
 
     # ---- Search -----------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ def current() -> Platform:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this machine's first GPU; None where there is none."""
+    """Bytes of this machine's first GPU; None where there is none, or this process runs on the CPU platform."""
+    if _current is not None and _current.name == "cpu":
+        return None  # its torch.cuda tells of one
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # CUDA reads it when it starts, which is here
     import torch
 

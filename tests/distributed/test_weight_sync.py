@@ -9,9 +9,10 @@ STUDENT = Path(__file__).parents[2] / "examples/arithmetic_cpu/models/student"
 
 
 def check_sync() -> None:
-    from megatron_sgopd.platform import select
+    from megatron_sgopd.platform import gpu_memory, select
 
     select("cpu")
+    assert gpu_memory() is None  # whatever stands in for torch.cuda says
     import torch
     import torch.distributed as dist
     from safetensors.torch import load_file

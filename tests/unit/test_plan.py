@@ -193,6 +193,18 @@ def test_no_layout_is_proposed_that_fp8_cannot_multiply(capsys: pytest.CaptureFi
         assert one["settings"]["parallel.tensor"] <= 2
 
 
+def test_no_layout_is_proposed_whose_logits_cannot_be_compared_where_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, found, _ = plan(capsys, "--gpus=64", "--set=sgopd.method=opd", "--set=sgopd.estimator=full")
+    assert found["best"]
+    for one in found["best"]:
+        settings = one["settings"]
+        assert settings["teacher.tensor_parallel"] == settings["parallel.tensor"]
+        assert settings["teacher.pipeline_parallel"] == settings["parallel.pipeline"]
+        assert not settings["teacher.offload"]
+
+
 def test_what_is_impossible_is_refused_with_the_nearest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.process_time()
     code, found, said = plan(capsys, "--gpus=1")
