@@ -201,13 +201,11 @@ class Parameter:
         return Owner(part % layout.pipeline, part // layout.pipeline, expert)
 
 
-@functools.cache
-def parameters(architecture: Architecture) -> tuple[Parameter, ...]:
+def parameters(architecture: Architecture) -> Iterator[Parameter]:
     """Every parameter of the model, in the order of the forward pass, second holders included."""
     placed: list[tuple[Entry, int | None]] = [(entry, None) for entry in BEFORE_LAYERS]
     placed += [(entry, layer) for layer in range(architecture.num_layers) for entry in architecture.family.layer]
     placed += [(entry, None) for entry in AFTER_LAYERS]
-    found = []
     for entry, layer in placed:
         if entry.only_if is not None and not getattr(architecture, entry.only_if):
             continue
@@ -219,14 +217,12 @@ def parameters(architecture: Architecture) -> tuple[Parameter, ...]:
                 )
                 for name, *sizes in entry.pieces
             )
-            found.append(Parameter(entry, layer, expert, pieces, architecture))
-    return tuple(found)
+            yield Parameter(entry, layer, expert, pieces, architecture)
 
 
-@functools.cache
-def owned_parameters(architecture: Architecture) -> tuple[Parameter, ...]:
+def owned_parameters(architecture: Architecture) -> list[Parameter]:
     """Every parameter once: those whose pieces make up the Hugging Face folder."""
-    return tuple(parameter for parameter in parameters(architecture) if not parameter.entry.duplicate)
+    return [parameter for parameter in parameters(architecture) if not parameter.entry.duplicate]
 
 
 @functools.cache
