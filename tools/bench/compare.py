@@ -27,7 +27,7 @@ def main() -> int:
 
 def _figures(path: Path) -> dict[str, float]:
     """Bench and figure -> value, of the lines that benches print with --json; others are passed over."""
-    found = {}
+    found: dict[str, float] = {}
     for line in path.read_text().splitlines():
         if line.startswith('{"bench"'):
             one = json.loads(line)

@@ -118,7 +118,7 @@ def bare(model: Any, rows: Any) -> None:
     from megatron_sgopd.platform import current
 
     with torch.no_grad():
-        for batch in microbatches(rows, 0, rows.rows, ROWS_PER_MICROBATCH):
+        for batch in microbatches(rows, 0, rows.rows):
             model(
                 batch.tokens_BS, batch.positions_BS, **current().packed_attention(batch.segments_BS, batch.responses_BS)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import sys
@@ -74,11 +75,14 @@ class Soak:
         """The processes of the attempt that is going on, by rank."""
         return self.cluster.ranks(self.job)
 
+    def _attempted(self, times: int) -> bool:
+        return len(read_attempts(self.run_dir)) == times
+
     def disturb(self, times: int, disturbance: Callable[[Soak, int], None]) -> list[float]:
         """Disturb so many attempts; seconds that each then took to end."""
         took = []
         for number in range(times):
-            wait_until(lambda number=number: len(read_attempts(self.run_dir)) == number + 1, _ATTEMPT_SECONDS)
+            wait_until(functools.partial(self._attempted, number + 1), _ATTEMPT_SECONDS)
             disturbance(self, number)
             disturbed = time.monotonic()
             wait_until(lambda: not self.ranks(), 60)
