@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_sgopd.models.weights import export_weights, shard_digests
 from megatron_sgopd.monitor import alarms
 from megatron_sgopd.objective.filters import repetition
 from megatron_sgopd.objective.imitation import imitation_weights
@@ -27,7 +26,7 @@ from megatron_sgopd.rollout.packing import PackedRows, pack
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.teacher_rollouts import NOTHING_TAUGHT, Taught
 from megatron_sgopd.rollout.trajectory import Trajectory
-from megatron_sgopd.rollout.weight_sync import compared_rows, sync_weights
+from megatron_sgopd.rollout.weight_sync import sync_student
 
 if TYPE_CHECKING:
     from megatron_sgopd.run import Run
@@ -114,12 +113,8 @@ def sync(run: Run) -> None:
     """Give the engine the weights of the last optimizer step."""
     assert run.engine is not None
     with run.phase("sync"), current().plain_torch():
-        student, groups = run.student, run.student.groups
-        rows = compared_rows(run.engine)
-        digests = shard_digests(student.model, student.architecture, groups, rows)
-        memory_bytes = run.settings.rollout.sync_bucket_mib * 2**20
-        weights = export_weights(student.model, student.architecture, groups, memory_bytes)
-        sync_weights(run.engine, weights, digests, rows)
+        student, memory_bytes = run.student, run.settings.rollout.sync_bucket_mib * 2**20
+        sync_student(run.engine, student.model, student.architecture, student.groups, memory_bytes)
 
 
 def generate(run: Run, batch: Batch) -> Batch:

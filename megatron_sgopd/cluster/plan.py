@@ -20,7 +20,7 @@ from megatron_sgopd.fp8 import check_fp8_layout
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.logprobs import default_chunk_tokens
 from megatron_sgopd.models.provider import padded_vocab_size
-from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count
+from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count, split_alike
 from megatron_sgopd.objective.methods import Method
 
 _MOST_OF_MEMORY = 0.9
@@ -403,15 +403,19 @@ class Planner:
         needed = memory.cache_bytes_per_token(self._student) * self._work.row_tokens // setup.rollout_tensor
         return {"engine": fixed, "cache": max(share - fixed, needed)}
 
+    def _alike(self, setup: Setup) -> bool:
+        quantized = self._recipe.fp8.rollouts is not None
+        return split_alike(self._student, setup.student.layout, setup.rollout_tensor, quantized)
+
     def _phases(self, setup: Setup) -> dict[str, dict[str, int]]:
         resident, engine = self._resident(setup), self._engine(setup)
         asleep = {"engine": round(allowance("engine_asleep_gib") * GIB)} if self._device.gpu else engine
-        bucket = self._recipe.rollout.sync_bucket_mib * 2**20
         largest = 2 * self._student.hidden_size * padded_vocab_size(self._student, setup.tensor)
+        bucket = self._recipe.rollout.sync_bucket_mib * 2**20 + largest
+        if setup.tensor == 1 and self._alike(setup):
+            bucket = 0  # nothing is sent, not even a vocabulary that is padded otherwise
         phases = {
-            "sync": resident
-            | engine
-            | {"cache": 0 if self._device.gpu else engine["cache"], "bucket": bucket + largest},
+            "sync": resident | engine | {"cache": 0 if self._device.gpu else engine["cache"], "bucket": bucket},
             "generate": resident | engine,
         }
         if self._teacher is not None:
@@ -472,7 +476,7 @@ class Planner:
         shards = setup.student.data if setup.distributed_optimizer else 1
         cache = phases["generate"]["cache"]
         seconds = {
-            "sync": times.sync_seconds(self._student, setup.student, device),
+            "sync": times.sync_seconds(self._student, setup.student, device, self._alike(setup)),
             "generate": times.generate_seconds(
                 self._student, setup.ranks, setup.rollout_tensor, work, cache, device, self._engine_weight
             ),

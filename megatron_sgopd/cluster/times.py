@@ -213,10 +213,16 @@ def generate_seconds(
     return full * step(at_once) + tail * step(at_once / 10) + prefill
 
 
-def sync_seconds(architecture: Architecture, spread: Spread, device: Device) -> float:
-    """Every rank gathers the student's weights once; its engine copies its part of them."""
+def sync_seconds(architecture: Architecture, spread: Spread, device: Device, alike: bool) -> float:
+    """Every rank gathers the student's weights once, and its engine copies its part of them.
+
+    Args:
+        alike: each rank copies its shards instead; see `split_alike`.
+    """
     nbytes = 2 * parameter_count(architecture)
     model_ranks = spread.layout.tensor * spread.layout.pipeline
+    if alike:
+        return 2 * nbytes / model_ranks / device.memory_bandwidth
     gather = nbytes / spread.bandwidth(device, model_ranks) if model_ranks > 1 else 0.0
     return gather + 3 * nbytes / device.memory_bandwidth
 

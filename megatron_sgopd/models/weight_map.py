@@ -55,6 +55,16 @@ class Slab:
         return grouped[:, self.offset : self.offset + self.rows]
 
 
+def in_sequence(slabs: Sequence[Slab]) -> list[Slab]:
+    """A shard's slabs where the shard has them one after the other, not query group by query group."""
+    placed, offset = [], 0
+    for slab in slabs:
+        rows = slab.groups * slab.rows
+        placed.append(replace(slab, groups=1, offset=offset, rows=rows))
+        offset += rows
+    return placed
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A block of one tensor of a `torch_dist` checkpoint, and what is in it."""
@@ -223,6 +233,14 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
 def owned_parameters(architecture: Architecture) -> list[Parameter]:
     """Every parameter once: those whose pieces make up the Hugging Face folder."""
     return [parameter for parameter in parameters(architecture) if not parameter.entry.duplicate]
+
+
+def split_alike(architecture: Architecture, layout: ParallelLayout, engine_tensor: int, quantized: bool) -> bool:
+    """Whether each rank's shards are what its rollout engine keeps on that rank.
+
+    Not of experts, whose weights vLLM stacks and may lay out for a kernel, nor where it quantizes them.
+    """
+    return layout == ParallelLayout(tensor=engine_tensor) and not architecture.num_experts and not quantized
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from megatron_sgopd.models.digests import ALL_ROWS, Rows, digest_of, grouped_dig
 from megatron_sgopd.models.families.base import Layout
 from megatron_sgopd.models.huggingface import HuggingFaceWeights
 from megatron_sgopd.models.transfers import Source, carry_out, plan_transfers
-from megatron_sgopd.models.weight_map import Parameter, owned_parameters, parameters
+from megatron_sgopd.models.weight_map import Parameter, Slab, in_sequence, owned_parameters, parameters
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -151,6 +151,54 @@ def _device(model: GPTModel) -> torch.device:
     return next(model.parameters()).device
 
 
+# ---- Into an engine that is split alike -----------------------------------------------------------------
+
+Shards = Mapping[Parameter, Sequence[tuple[Slab, torch.Tensor]]]
+"""Of each parameter what a rank holds of its pieces, and the tensor in which each lies."""
+
+
+def fill_shards(
+    model: GPTModel,
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+    targets: Mapping[Parameter, torch.Tensor],
+    memory_bytes: int,
+) -> Shards:
+    """Copy this rank's shards to where an engine of the same tensor parallelism has its own.
+
+    There is no pipeline, and there are no experts. Pieces follow each other in a target. Nothing is sent but a
+    vocabulary that is padded to another length there, whose rows lie on other ranks; this is collective.
+
+    Args:
+        memory_bytes: what the tensors that are on their way may take; see `plan_transfers`.
+
+    Returns:
+        What the targets hold now.
+    """
+    held = _bind(model, architecture, groups)
+    rank, tensor = groups.tp.rank(), groups.tp.size()
+    filled: dict[Parameter, list[tuple[Slab, torch.Tensor]]] = {}
+    sent: dict[str, Parameter] = {}
+    for parameter, weight in held.items():
+        target = targets[parameter]
+        theirs = in_sequence(parameter.slabs(rank, tensor, padded_vocab_size=tensor * target.shape[0]))
+        filled[parameter] = [(slab, target) for slab in theirs]
+        if parameter.layout is Layout.VOCABULARY:
+            target[theirs[0].rows :].zero_()
+            if tensor > 1 and target.shape != weight.shape:
+                sent[parameter.pieces[0].name] = parameter
+                continue
+        for ours, slab in zip(parameter.slabs(rank, tensor, model.vocab_size), theirs, strict=True):
+            source = ours.view(weight)
+            slab.view(target).view(source.shape).copy_(source)
+    sources = [(parameter, Source(0, 0, held[parameter].dtype)) for parameter in sent.values()]
+    for transfer in plan_transfers(sources, tensor, 1, model.vocab_size, memory_bytes):
+        for name, whole in carry_out(transfer, held, groups, _device(model)):
+            [(slab, target)] = filled[sent[name]]
+            slab.view(target)[0].copy_(whole[slab.start : slab.stop])
+    return filled
+
+
 # ---- Digests --------------------------------------------------------------------------------------------
 
 
@@ -162,17 +210,31 @@ def shard_digests(
     Collective; all ranks get the same answer, in the order of export. A replicated parameter is read on the
     first tensor-parallel rank, and tied embeddings on the first stage.
     """
-    held = _bind(model, architecture, groups)
+    held = {
+        parameter: [(slab, weight) for slab in parameter.slabs(group.rank(), group.size(), model.vocab_size)]
+        for parameter, weight in _bind(model, architecture, groups).items()
+        for group in (_shard_group(parameter, groups),)
+    }
+    return digests_of_shards(held, architecture, groups, rows)
+
+
+def digests_of_shards(
+    held: Shards, architecture: Architecture, groups: ProcessGroupCollection, rows: Rows
+) -> dict[str, int]:
+    """Likewise of shards that lie anywhere on the ranks of a model. Collective."""
+    device = next(iter(held.values()))[0][1].device
+    nothing = torch.zeros(2, dtype=torch.int64, device=device)
     owned = owned_parameters(architecture)
-    nothing = torch.zeros(2, dtype=torch.int64, device=_device(model))
     found: dict[str, list[int]] = {}
     for of_experts, reduced in ((False, (groups.tp, groups.pp)), (True, (groups.expt_tp, groups.ep, groups.pp))):
         members = [parameter for parameter in owned if (parameter.expert is not None) is of_experts]
         if members:
-            parts: dict[str, torch.Tensor] = {}
-            for parameter in members:
-                if parameter in held:
-                    parts |= _digest_parts(parameter, held[parameter], reduced[0], model.vocab_size, rows)
+            parts = {
+                slab.piece.name: grouped_digest(slab.view(tensor), slab.piece.shape, slab.axis, slab.start, rows)
+                for parameter in members
+                if parameter.layout is not Layout.REPLICATED or reduced[0].rank() == 0
+                for slab, tensor in held.get(parameter, ())
+            }
             names = [piece.name for parameter in members for piece in parameter.pieces]
             total = torch.stack([parts.get(name, nothing) for name in names])
             for group in reduced:
@@ -180,15 +242,3 @@ def shard_digests(
                     dist.all_reduce(total, group=group)
             found |= zip(names, total.tolist(), strict=True)
     return {piece.name: digest_of(found[piece.name]) for parameter in owned for piece in parameter.pieces}
-
-
-def _digest_parts(
-    parameter: Parameter, weight: torch.Tensor, group: dist.ProcessGroup, padded_vocab_size: int, rows: Rows
-) -> dict[str, torch.Tensor]:
-    """What this rank's shard adds to the halves of the digest of each of a parameter's pieces, int64 [2]."""
-    if group.rank() > 0 and parameter.layout is Layout.REPLICATED:
-        return {}
-    return {
-        slab.piece.name: grouped_digest(slab.view(weight), slab.piece.shape, slab.axis, slab.start, rows)
-        for slab in parameter.slabs(group.rank(), group.size(), padded_vocab_size)
-    }

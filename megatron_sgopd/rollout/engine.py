@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgopd.config import RolloutSettings
+from megatron_sgopd.models.architecture import Architecture
+from megatron_sgopd.models.weight_map import Parameter, owned_parameters
 from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory, gather_trajectories, sampling_seed
@@ -44,6 +46,8 @@ class RolloutEngine:
         self._contributes = rank % settings.tensor_parallel == 0
         self._max_new_tokens = settings.max_new_tokens
         self.weight_version = 0
+        self.tensor_parallel = settings.tensor_parallel
+        self.quantized = quantization is not None
         self._llm = LLM(
             model=str(folder),
             tensor_parallel_size=settings.tensor_parallel,
@@ -95,6 +99,32 @@ class RolloutEngine:
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights by full tensors under their Hugging Face names."""
         current().load_engine_weights(self._llm, weights)
+        self.weights_changed()
+
+    def parameters(self, architecture: Architecture) -> dict[Parameter, torch.Tensor]:
+        """This rank's own tensor for each parameter of a model without experts, to be written to in place.
+
+        vLLM puts the pieces of a parameter one after the other, under a name of its own.
+        """
+        [(tensors, fused)] = self._llm.apply_model(
+            lambda model: (dict(model.named_parameters()), model.packed_modules_mapping)
+        )
+        found = {}
+        for parameter in owned_parameters(architecture):
+            name, modules = parameter.pieces[0].name, [piece.name.split(".")[-2] for piece in parameter.pieces]
+            if len(modules) > 1:
+                [whole] = [whole for whole, parts in fused.items() if parts == modules]
+                name = name.replace(modules[0], whole)
+            found[parameter] = tensors[name].detach()
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, before they are quantized."""
+        return self._llm.llm_engine.vllm_config.model_config.dtype
+
+    def weights_changed(self) -> None:
+        """To be told when parameters were written to: nothing that was computed with the old ones is used again."""
         self._llm.reset_prefix_cache()
         self.weight_version += 1
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_sgopd.errors import Alarm
+from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.digests import ALL_ROWS, Rows, digest_halves, digest_of
+from megatron_sgopd.models.weight_map import ParallelLayout, split_alike
+from megatron_sgopd.models.weights import digests_of_shards, export_weights, fill_shards, shard_digests
 from megatron_sgopd.rollout.engine import RolloutEngine
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 _ROWS_BETWEEN = 128
 """An attention head's in most models, so that each rank's shard of a matrix has a row that is read."""
@@ -22,6 +30,37 @@ def compared_rows(engine: RolloutEngine) -> Rows:
     """
     version = engine.weight_version
     return Rows(_ROWS_BETWEEN, version % _ROWS_BETWEEN) if version else ALL_ROWS
+
+
+def sync_student(
+    engine: RolloutEngine,
+    model: GPTModel,
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+    memory_bytes: int,
+) -> None:
+    """Give the engine the student's weights and compare each with the trainer's. Collective.
+
+    Where the engine is split as the student and of its dtype, each rank copies its own shards; elsewhere whole tensors
+    are gathered, and the engine takes its share of them.
+
+    Args:
+        memory_bytes: what the tensors that are on their way may take.
+
+    Raises:
+        Alarm: a tensor differs from the trainer's.
+    """
+    rows = compared_rows(engine)
+    digests = shard_digests(model, architecture, groups, rows)
+    layout = ParallelLayout(groups.tp.size(), groups.pp.size())
+    alike = split_alike(architecture, layout, engine.tensor_parallel, engine.quantized)
+    if not alike or next(model.parameters()).dtype != engine.dtype:
+        sync_weights(engine, export_weights(model, architecture, groups, memory_bytes), digests, rows)
+        return
+    targets = engine.parameters(architecture)
+    filled = fill_shards(model, architecture, groups, targets, memory_bytes)
+    engine.weights_changed()
+    _compare(engine, digests, digests_of_shards(filled, architecture, groups, rows))
 
 
 def sync_weights(
@@ -45,7 +84,11 @@ def sync_weights(
             yield name, tensor
 
     engine.load_weights(checked())
-    received = dict(zip(halves, map(digest_of, torch.stack(list(halves.values())).tolist()), strict=True))
+    received = zip(halves, map(digest_of, torch.stack(list(halves.values())).tolist()), strict=True)
+    _compare(engine, digests, dict(received))
+
+
+def _compare(engine: RolloutEngine, digests: Mapping[str, int], received: Mapping[str, int]) -> None:
     wrong = sorted(name for name in digests.keys() | received.keys() if digests.get(name) != received.get(name))
     if wrong:
         raise Alarm(

@@ -1,9 +1,13 @@
 """Weights that are sent to a real vLLM engine arrive, and a sync that went wrong is noticed."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from launch import run_ranks
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 STUDENT = Path(__file__).parents[2] / "examples/arithmetic_cpu/models/student"
 
@@ -72,3 +76,81 @@ def check_sync() -> None:
 
 def test_weights_arrive_and_faults_are_noticed():
     run_ranks(1, check_sync, timeout=200)
+
+
+def check_shards(folders: Sequence[Path]) -> None:
+    from megatron_models import build, each_layout, process_groups
+
+    for layout in each_layout(((2, 1, 1),)):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from megatron_sgopd.config import RolloutSettings
+        from megatron_sgopd.models.architecture import read_architecture
+        from megatron_sgopd.models.weights import digests_of_shards, fill_shards, load_weights, shard_digests
+        from megatron_sgopd.rollout.engine import RolloutEngine
+        from megatron_sgopd.rollout.prompts import Prompt
+        from megatron_sgopd.rollout.weight_sync import compared_rows, sync_student
+
+        prompts = [Prompt(str(i), "", tuple(range(5 + i, 11 + i)), "", "", {}) for i in range(4)]
+        settings = RolloutSettings(max_new_tokens=12, cache_gib=0.1, tensor_parallel=2)
+        for folder in folders:
+            architecture, groups = read_architecture(folder), process_groups()
+            model, engine = build(architecture, layout), RolloutEngine(folder, settings, 64, seed=1)
+            load_weights(model, architecture, groups)
+            targets = engine.parameters(architecture)
+            for version in range(2):
+                engine.load_weights = None  # not called
+                for target in targets.values():
+                    target.fill_(torch.nan)
+                sync_student(engine, model, architecture, groups, 1 << 16)
+                assert engine.weight_version == version + 1
+            expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            for trajectory in engine.generate(prompts, [1] * len(prompts), 1.0, run_seed=1, step=0):
+                ids = torch.tensor([trajectory.prompt.token_ids + trajectory.token_ids])
+                with torch.no_grad():
+                    logprobs = expected(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                    gap = logprobs[-len(trajectory.token_ids) :, 0] - torch.tensor(trajectory.behaviour_logprobs)
+                assert gap.abs().max() < 1e-4, (folder, float(gap.abs().max()))
+
+            # The digests are of what the engine has, not of what was meant for it.
+            rows = compared_rows(engine)
+            filled = fill_shards(model, architecture, groups, targets, 1 << 16)
+            before = shard_digests(model, architecture, groups, rows)
+            assert digests_of_shards(filled, architecture, groups, rows) == before
+            [(slab, target)] = [
+                shards[-1] for shards in filled.values() if shards[0][0].piece.name.endswith("q_proj.bias")
+            ]
+            target[slab.offset] += 1e-3  # v's first, of both ranks
+            after = digests_of_shards(filled, architecture, groups, rows)
+            assert [name for name in after if after[name] != before[name]] == [slab.piece.name]
+            # Whole tensors, since it is of another dtype: vLLM casts them, and what was sent is compared.
+            del engine.load_weights
+            sync_student(engine, model.bfloat16(), architecture, groups, 1 << 16)
+            engine.close()
+
+
+def test_ranks_copy_their_own_shards_into_an_engine_that_is_split_alike(tmp_path: Path):
+    # Vocabularies that vLLM pads to another length than Megatron, and to the same.
+    folders = []
+    for vocab_size in (200, 512):
+        folders.append(tmp_path / str(vocab_size))
+        config = Qwen2Config(
+            vocab_size=vocab_size,
+            hidden_size=128,  # heads of 32, the least that the CPU kernel takes
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=vocab_size == 200,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        model = Qwen2ForCausalLM(config)
+        for parameter in model.parameters():  # biases too, which start as zeros
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folders[-1])
+        for file in STUDENT.glob("tokenizer*"):
+            shutil.copy(file, folders[-1])
+    run_ranks(2, check_shards, folders, timeout=200)

@@ -56,7 +56,10 @@ def main() -> int:
     seconds = {name: statistics.median(values) for name, values in took.items()}
     figures = [
         Figure("weights", nbytes / 1e6, "MB"),
-        Figure("bandwidth of a sync over a copy's", seconds["copy"] / seconds["sync"], "", 1.0, at_least=0.6),
+        *(
+            Figure(f"bandwidth of a {name} over a copy's", seconds["copy"] / seconds[name], "", 1.0, at_least=0.6)
+            for name in ("sync", "sync by whole tensors")
+        ),
         *(Figure(name, nbytes / value / 1e9, "GB/s") for name, value in seconds.items()),
     ]
     return report("weight_sync", figures, options.json)
@@ -72,7 +75,7 @@ def measure(folder: str) -> tuple[dict[str, list[float]], int]:
     from megatron_sgopd.models.weights import export_weights, load_weights, shard_digests
     from megatron_sgopd.platform import current
     from megatron_sgopd.rollout.engine import RolloutEngine
-    from megatron_sgopd.rollout.weight_sync import compared_rows, sync_weights
+    from megatron_sgopd.rollout.weight_sync import compared_rows, sync_student, sync_weights
 
     architecture = read_architecture(folder)
     model, groups = build(architecture), process_groups()
@@ -84,12 +87,13 @@ def measure(folder: str) -> tuple[dict[str, list[float]], int]:
     def exported() -> Iterator[tuple[str, torch.Tensor]]:
         return export_weights(model, architecture, groups, _MEMORY)
 
-    def sync() -> None:
+    def gathered() -> None:
         rows = compared_rows(engine)
         sync_weights(engine, exported(), shard_digests(model, architecture, groups, rows), rows)
 
     runs: dict[str, Callable[[], object]] = {
-        "sync": sync,
+        "sync": lambda: sync_student(engine, model, architecture, groups, _MEMORY),
+        "sync by whole tensors": gathered,
         "digests": lambda: shard_digests(model, architecture, groups, compared_rows(engine)),
         "vLLM's loading": lambda: engine.load_weights(exported()),
         "copy": lambda: other.copy_(flat),
