@@ -65,6 +65,12 @@ def _shard_group(parameter: Parameter, groups: ProcessGroupCollection) -> dist.P
     return groups.tp if parameter.expert is None else groups.expt_tp
 
 
+def _slabs(parameter: Parameter, groups: ProcessGroupCollection, padded_vocab_size: int) -> list[Slab]:
+    """What this rank's shard of a parameter holds."""
+    group = _shard_group(parameter, groups)
+    return parameter.slabs(group.rank(), group.size(), padded_vocab_size)
+
+
 # ---- Loading --------------------------------------------------------------------------------------------
 
 
@@ -81,8 +87,7 @@ def load_weights(model: GPTModel, architecture: Architecture, groups: ProcessGro
     """
     with HuggingFaceWeights(architecture) as weights:
         for parameter, weight in _bind(model, architecture, groups).items():
-            group = _shard_group(parameter, groups)
-            weights.fill(parameter.slabs(group.rank(), group.size(), model.vocab_size), weight)
+            weights.fill(_slabs(parameter, groups, model.vocab_size), weight)
         return weights.bytes_read
 
 
@@ -176,19 +181,19 @@ def fill_shards(
         What the targets hold now.
     """
     held = _bind(model, architecture, groups)
-    rank, tensor = groups.tp.rank(), groups.tp.size()
+    tensor = groups.tp.size()
     filled: dict[Parameter, list[tuple[Slab, torch.Tensor]]] = {}
     sent: dict[str, Parameter] = {}
     for parameter, weight in held.items():
         target = targets[parameter]
-        theirs = in_sequence(parameter.slabs(rank, tensor, padded_vocab_size=tensor * target.shape[0]))
+        theirs = in_sequence(_slabs(parameter, groups, padded_vocab_size=tensor * target.shape[0]))
         filled[parameter] = [(slab, target) for slab in theirs]
         if parameter.layout is Layout.VOCABULARY:
             target[theirs[0].rows :].zero_()
             if tensor > 1 and target.shape != weight.shape:
                 sent[parameter.pieces[0].name] = parameter
                 continue
-        for ours, slab in zip(parameter.slabs(rank, tensor, model.vocab_size), theirs, strict=True):
+        for ours, slab in zip(_slabs(parameter, groups, model.vocab_size), theirs, strict=True):
             source = ours.view(weight)
             slab.view(target).view(source.shape).copy_(source)
     sources = [(parameter, Source(0, 0, held[parameter].dtype)) for parameter in sent.values()]
@@ -211,9 +216,8 @@ def shard_digests(
     first tensor-parallel rank, and tied embeddings on the first stage.
     """
     held = {
-        parameter: [(slab, weight) for slab in parameter.slabs(group.rank(), group.size(), model.vocab_size)]
+        parameter: [(slab, weight) for slab in _slabs(parameter, groups, model.vocab_size)]
         for parameter, weight in _bind(model, architecture, groups).items()
-        for group in (_shard_group(parameter, groups),)
     }
     return digests_of_shards(held, architecture, groups, rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from megatron_sgopd.models.weight_map import Parameter, owned_parameters
 from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory, gather_trajectories, sampling_seed
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 
 class RolloutEngine:
@@ -121,7 +125,7 @@ class RolloutEngine:
     @property
     def dtype(self) -> torch.dtype:
         """Of its weights, before they are quantized."""
-        return self._llm.llm_engine.vllm_config.model_config.dtype
+        return self._model_config.dtype
 
     def weights_changed(self) -> None:
         """To be told when parameters were written to: nothing that was computed with the old ones is used again."""
@@ -143,7 +147,11 @@ class RolloutEngine:
 
     @property
     def _sleeps(self) -> bool:
-        return self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+        return self._model_config.enable_sleep_mode
+
+    @property
+    def _model_config(self) -> ModelConfig:
+        return self._llm.llm_engine.vllm_config.model_config
 
     def close(self) -> None:
         """Release the engine's memory; the process may build another engine afterwards."""

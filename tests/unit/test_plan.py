@@ -163,10 +163,8 @@ def test_tokens_travel_to_their_experts_and_back() -> None:
 
 
 def test_an_engine_that_is_split_as_the_student_is_sent_nothing() -> None:
-    student, spread = (
-        read_architecture(LLAMA / "configs/student", with_weights=False),
-        times.Spread(ParallelLayout(4), 1),
-    )
+    student = read_architecture(LLAMA / "configs/student", with_weights=False)
+    spread = times.Spread(ParallelLayout(4), 1)
     copied, gathered = (times.sync_seconds(student, spread, H100, alike) for alike in (True, False))
     assert copied == 2 * 2 * parameter_count(student) / 4 / H100.memory_bandwidth < gathered / 4
 
