@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgopd.checkpoint.files import check_conversion
-from megatron_sgopd.cluster.plan import check_divides, check_full_estimator, setup_of
+from megatron_sgopd.cluster.plan import check_context, check_divides, check_full_estimator, setup_of
 from megatron_sgopd.config import PromptSettings, Recipe, Settings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.imports import import_function
@@ -221,12 +221,13 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
     check_divides(setup, student, teacher, rollout.prompts_per_step * rollout.group_size)
     if recipe.sgopd.estimator == "full":
         check_full_estimator(student, teacher, setup.student.layout, setup.teacher.layout, setup.offload)
-    split = math.lcm(setup.tensor, setup.teacher_tensor)
+    check_context(setup.context, train.row_tokens, method_of(recipe))
+    split = setup.context * math.lcm(setup.tensor, setup.teacher_tensor)
     if parallel.sequence and train.row_tokens % split:
         raise ConfigError(
             f"train.row_tokens={train.row_tokens} is not divisible by parallel.tensor={parallel.tensor} and "
-            f"teacher.tensor_parallel={setup.teacher_tensor}, which parallel.sequence needs: let it be a multiple of "
-            f"{split}"
+            f"teacher.tensor_parallel={setup.teacher_tensor}, each x parallel.context={setup.context}, which "
+            f"parallel.sequence needs: let it be a multiple of {split}"
         )
     if train.warmup_steps >= train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")

@@ -313,7 +313,10 @@ class ParallelSettings:
     tensor: int = Field(default=1, ge=1)
     """Ranks that share each layer (TP)."""
     pipeline: int = Field(default=1, ge=1)
-    """Pipeline stages (PP); the remaining factor of `ranks` is data parallel."""
+    """Pipeline stages (PP)."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of each packed row (CP), of the student as of the models that score; the remaining
+    factor of `ranks` is data parallel."""
     sequence: bool = False
     """Sequence parallelism within the tensor-parallel group."""
 

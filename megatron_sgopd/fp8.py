@@ -82,13 +82,13 @@ def check_fp8_layout(recipe: Recipe, setup: Setup, student: Architecture, teache
     fp8, tokens = recipe.fp8, recipe.train.row_tokens
     if fp8.format:
         check_sizes("fp8.format", student, setup.tensor, fp8.recipe)
-        check_tokens("fp8.format", tokens, setup.tensor if setup.sequence else 1, fp8.recipe)
+        check_tokens("fp8.format", tokens, setup.context * (setup.tensor if setup.sequence else 1), fp8.recipe)
     if fp8.teacher:
         if teacher is not None:
             check_sizes("fp8.teacher", teacher, setup.teacher_tensor, fp8.teacher)
         check_sizes("fp8.teacher", student, setup.tensor, fp8.teacher)
         sequence = math.lcm(setup.teacher_tensor, setup.tensor) if setup.sequence else 1
-        check_tokens("fp8.teacher", tokens, sequence, fp8.teacher)
+        check_tokens("fp8.teacher", tokens, setup.context * sequence, fp8.teacher)
 
 
 def _asked(recipe: Recipe) -> str | None:
@@ -118,15 +118,15 @@ def check_sizes(setting: str, architecture: Architecture, tensor: int, recipe: s
             )
 
 
-def check_tokens(setting: str, tokens: int, sequence_ranks: int, recipe: str) -> None:
-    """Check that a row, as sequence parallelism splits it, has a number of tokens that FP8 can multiply.
+def check_tokens(setting: str, tokens: int, ranks: int, recipe: str) -> None:
+    """Check that a row, as sequence and context parallelism split it, has a number of tokens that FP8 can multiply.
 
     Rows are padded to train.row_tokens, and the padding is in no loss and no gate, so that nothing else need be padded.
 
     Raises:
         ConfigError: it has not.
     """
-    multiple = _MULTIPLE[recipe] * sequence_ranks
+    multiple = _MULTIPLE[recipe] * ranks
     if tokens % multiple:
         mend = math.ceil(tokens / multiple) * multiple
         raise ConfigError(

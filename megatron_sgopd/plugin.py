@@ -144,7 +144,7 @@ class _Loop:
             return forward_backward_func(**{**arguments, **shape})
 
         def update(last: bool) -> Any:
-            mine = microbatches(rows, first, first + share)
+            mine = microbatches(rows, first, first + share, run.student.groups.cp)
             return self._train_step(
                 updates[-1],
                 RerunDataIterator(mine),

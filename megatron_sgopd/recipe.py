@@ -26,8 +26,9 @@ from megatron_sgopd.platform.cuda import CudaPlatform
 RESOLVED = "recipe.yaml"
 _FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "private", "platform"})
 _LAYOUT = frozenset(
-    {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.sequence", "teacher.tensor_parallel"}
+    {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.sequence"}
     | {
+        "teacher.tensor_parallel",
         "teacher.pipeline_parallel",
         "teacher.expert_parallel",
         "teacher.offload",
@@ -241,7 +242,7 @@ def _recipe_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "tensor-model-parallel-size": (parallel.tensor, "parallel.tensor"),
         "pipeline-model-parallel-size": (parallel.pipeline, "parallel.pipeline"),
         "sequence-parallel": (parallel.sequence, "parallel.sequence"),
-        "context-parallel-size": (1, _PLUGIN),
+        "context-parallel-size": (parallel.context, "parallel.context"),
         "seq-length": (train.row_tokens, "train.row_tokens"),
         "micro-batch-size": (train.rows_per_microbatch, "train.rows_per_microbatch"),
         "global-batch-size": (rollout.prompts_per_step * rollout.group_size, "rollout.group_size"),

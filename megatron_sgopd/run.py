@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_inputs
 from megatron_sgopd.cluster.hardware import GIB
-from megatron_sgopd.cluster.plan import check_full_estimator
+from megatron_sgopd.cluster.plan import check_context, check_full_estimator
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError, Stopped
 from megatron_sgopd.evaluation.heldout import respond
@@ -248,6 +248,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     stop_request.heartbeat, clock = heartbeat, Clock(heartbeat)
     inputs = check_inputs(settings, args.seq_length)
     _check_arguments(settings, args, model)
+    check_context(args.context_parallel_size, args.seq_length, inputs.method)
     _check_engines(settings, inputs)
     _check_same_prompts(run_dir / "prompts.digest", inputs.train.digest, args.iteration)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -381,7 +382,14 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
     responses = settings.rollout.prompts_per_step * settings.rollout.group_size
     problems = [
         (len(model) > 1, "--num-layers-per-virtual-pipeline-stage is not supported: leave it out"),
-        (args.context_parallel_size > 1, "--context-parallel-size must be 1: packed rows are not split yet"),
+        (
+            args.hybrid_context_parallel,
+            "--hybrid-context-parallel must be off: rows are packed, and split over --context-parallel-size ranks",
+        ),
+        (
+            len(args.cp_comm_type) > 1,
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} must be one for all layers: the teacher has others",
+        ),
         (
             args.overlap_param_gather,
             "--overlap-param-gather must be off: Megatron would gather the weights of a step only in the next forward "
@@ -424,4 +432,4 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
     if args.fp8:
         current().check_fp8(args.fp8_recipe)
         sequence = args.tensor_model_parallel_size if args.sequence_parallel else 1
-        check_tokens("--fp8-format", args.seq_length, sequence, args.fp8_recipe)
+        check_tokens("--fp8-format", args.seq_length, args.context_parallel_size * sequence, args.fp8_recipe)

@@ -134,7 +134,14 @@ def packed(run: Run, batch: Batch) -> Batch:
     with run.clock("pack"):
         shares = math.lcm(run.student.groups.dp.size(), *(s.data_parallel_size for s in run.scorers))
         share_prompts = current().shares_prompts
-        rows = pack(batch.responses, run.row_tokens, shares, run.rows_per_microbatch, share_prompts)
+        rows = pack(
+            batch.responses,
+            run.row_tokens,
+            shares,
+            run.rows_per_microbatch,
+            share_prompts,
+            run.student.groups.cp.size(),
+        )
         return replace(batch, rows=rows)
 
 

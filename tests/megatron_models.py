@@ -1,5 +1,6 @@
 """Megatron models on CPU ranks, built from Hugging Face folders and run, for tests that compare them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,14 @@ LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 1, 2), (2,
 """Tensor, pipeline and expert parallel sizes."""
 
 
-def each_layout(layouts: Sequence[tuple[int, int, int]] = LAYOUTS) -> Iterator[tuple[int, int, int]]:
-    """On each of all ranks: set up Megatron on the CPU, and initialize one layout after the other."""
+def each_layout(
+    layouts: Sequence[tuple[int, int, int]] = LAYOUTS, contexts: Sequence[int] = (1,)
+) -> Iterator[tuple[int, int, int]]:
+    """On each of all ranks: set up Megatron on the CPU, and initialize one layout after the other.
+
+    Args:
+        contexts: context parallel sizes, each with all the layouts that the ranks are enough for.
+    """
     from megatron_sgopd import platform
 
     platform.select("cpu")
@@ -21,8 +28,12 @@ def each_layout(layouts: Sequence[tuple[int, int, int]] = LAYOUTS) -> Iterator[t
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    for tensor, pipeline, expert in layouts:
-        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
+    for context, (tensor, pipeline, expert) in itertools.product(contexts, layouts):
+        if tensor * pipeline * context > dist.get_world_size():
+            continue
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, context_parallel_size=context, expert_model_parallel_size=expert
+        )
         model_parallel_cuda_manual_seed(1)
         yield tensor, pipeline, expert
         parallel_state.destroy_model_parallel()

@@ -92,6 +92,7 @@ def activation_bytes(
     rows: int,
     row_tokens: int,
     precision: str,
+    context: int = 1,
 ) -> int:
     """What a microbatch leaves for the backward pass in a layer of Megatron's local spec, as the CPU platform runs it.
 
@@ -102,11 +103,15 @@ def activation_bytes(
     - queries, keys and values as one tensor, queries and keys after rope, the attention's output and its logarithm of
       sums: (3 q + 3 k + heads) / t, and (2 q + k) / t more where heads are normed
     - the mask that keeps packed sequences apart: S; sines and cosines: 4 head sizes of one row
+    - where c context-parallel ranks have S / c tokens of a row each, keys and values of all in place of the rank's own:
+      2 k c / t, less k / t, and less the one tensor's (q + 2 k) / t where no norm of the heads needs it
     """
     h, f, q, k = _sizes(architecture)
     shared = 5 * f + 3 * q + 3 * k + architecture.num_attention_heads + (2 * q + k) * architecture.qk_norm
+    if context > 1:
+        shared += 2 * k * context - k - (q + 2 * k) * (not architecture.qk_norm)
     per_token = 6 * h + shared / layout.tensor + row_tokens + 4 * architecture.head_dim / rows
-    return round(per_token * rows * row_tokens) * weight_bytes(precision)
+    return round(per_token * rows * row_tokens // context) * weight_bytes(precision)
 
 
 def fused_activation_bytes(architecture: Architecture, layout: ParallelLayout, tokens: int, sequence: bool) -> int:

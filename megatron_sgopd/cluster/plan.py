@@ -22,6 +22,7 @@ from megatron_sgopd.models.logprobs import default_chunk_tokens
 from megatron_sgopd.models.provider import padded_vocab_size
 from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count, split_alike
 from megatron_sgopd.objective.methods import Method
+from megatron_sgopd.rollout.packing import segment_multiple
 
 _MOST_OF_MEMORY = 0.9
 """Share that the engine gets at most; vLLM's own default."""
@@ -31,9 +32,9 @@ _MENDS = {
     "sync": "raise parallel.tensor or parallel.pipeline, or lower rollout.sync_bucket_mib",
     "teacher": "raise teacher.tensor_parallel or teacher.pipeline_parallel, or set teacher.offload",
     "reference": "raise parallel.tensor, set teacher.offload, or take a method with sgopd.reference live",
-    "train": "raise parallel.tensor or parallel.pipeline, lower train.rows_per_microbatch or train.row_tokens, set "
-    "teacher.offload, megatron.use-distributed-optimizer, or megatron.recompute-granularity=full with "
-    "megatron.recompute-method=uniform and megatron.recompute-num-layers=1",
+    "train": "raise parallel.tensor, parallel.pipeline or parallel.context, lower train.rows_per_microbatch or "
+    "train.row_tokens, set teacher.offload, megatron.use-distributed-optimizer, or "
+    "megatron.recompute-granularity=full with megatron.recompute-method=uniform and megatron.recompute-num-layers=1",
     "host": "raise teacher.tensor_parallel or teacher.pipeline_parallel, or leave teacher.offload out",
 }
 
@@ -45,6 +46,7 @@ class Setup:
     ranks: int
     tensor: int
     pipeline: int
+    context: int
     rows_per_microbatch: int
     recompute: bool
     """Every layer is computed again in the backward pass."""
@@ -58,17 +60,24 @@ class Setup:
     memory_fraction: float | None
     """The engine's share of the memory; None: as much as is left."""
 
-    @property
+    @functools.cached_property
     def student(self) -> Spread:
         layout = ParallelLayout(self.tensor, self.pipeline)
-        return Spread(layout, self.ranks // (self.tensor * self.pipeline), self.sequence)
+        data = self.ranks // (self.tensor * self.pipeline * self.context)
+        return Spread(layout, data, self.sequence, self.context)
 
-    @property
+    @functools.cached_property
     def teacher(self) -> Spread:
         layout = ParallelLayout(self.teacher_tensor, self.teacher_pipeline, expert=self.teacher_expert)
-        return Spread(layout, self.ranks // (self.teacher_tensor * self.teacher_pipeline))
+        data = self.ranks // (self.teacher_tensor * self.teacher_pipeline * self.context)
+        return Spread(layout, data, context=self.context)
 
     @property
+    def optimizer_shards(self) -> int:
+        """Ranks that share the state of the optimizer."""
+        return self.student.data * self.context if self.distributed_optimizer else 1
+
+    @functools.cached_property
     def shares(self) -> int:
         """Packed rows are split into as many."""
         return math.lcm(self.student.data, self.teacher.data)
@@ -80,6 +89,7 @@ class Setup:
             "parallel.ranks": self.ranks,
             "parallel.tensor": self.tensor,
             "parallel.pipeline": self.pipeline,
+            "parallel.context": self.context,
             "parallel.sequence": self.sequence,
             "train.rows_per_microbatch": self.rows_per_microbatch,
             "teacher.tensor_parallel": self.teacher_tensor,
@@ -131,6 +141,7 @@ def setup_of(recipe: Recipe, ranks: int | None = None) -> Setup:
         ranks or parallel.ranks,
         parallel.tensor,
         parallel.pipeline,
+        parallel.context,
         recipe.train.rows_per_microbatch,
         flags.get("recompute-granularity") == "full",
         parallel.sequence and parallel.tensor > 1,
@@ -155,7 +166,11 @@ def check_divides(setup: Setup, student: Architecture, teacher: Architecture | N
     if teacher is not None:
         teacher.check_parallel(setup.teacher_tensor, setup.teacher_pipeline, setup.teacher_expert)
     for name, size in (
-        ("parallel.tensor x parallel.pipeline", setup.tensor * setup.pipeline),
+        ("parallel.tensor x parallel.pipeline x parallel.context", setup.tensor * setup.pipeline * setup.context),
+        (
+            "teacher.tensor_parallel x teacher.pipeline_parallel x parallel.context",
+            setup.teacher_tensor * setup.teacher_pipeline * setup.context,
+        ),
         (
             "teacher.tensor_parallel x teacher.pipeline_parallel x teacher.expert_parallel",
             setup.teacher_tensor * setup.teacher_pipeline * setup.teacher_expert,
@@ -169,6 +184,25 @@ def check_divides(setup: Setup, student: Architecture, teacher: Architecture | N
             f"rollout.prompts_per_step x rollout.group_size = {responses} responses is not divisible by "
             f"{setup.student.data} data-parallel ranks x train.rows_per_microbatch={setup.rows_per_microbatch}: "
             "change one of them"
+        )
+
+
+def check_context(context: int, row_tokens: int, method: Method) -> None:
+    """Rows can be split over so many context-parallel ranks, and a method over what each of them has of a response.
+
+    Raises:
+        ConfigError: naming the setting that does not fit.
+    """
+    multiple = segment_multiple(context)
+    if row_tokens % multiple:
+        raise ConfigError(
+            f"parallel.context={context} splits rows into {multiple} chunks, but train.row_tokens={row_tokens} is no "
+            f"multiple of that: let it be {math.ceil(row_tokens / multiple) * multiple}"
+        )
+    if context > 1 and method.needs_whole_responses:
+        raise ConfigError(
+            f"parallel.context={context} splits each response over ranks, but sgopd.method={method.name} needs all of "
+            "a response's tokens for each of them: leave parallel.context out, or take another method"
         )
 
 
@@ -227,7 +261,7 @@ def planner_of(
     )
     student = read_architecture(recipe.model.path, with_weights=False)
     teacher = read_architecture(recipe.teacher.path, with_weights=False) if method.teacher else None
-    return Planner(recipe, student, teacher, method.needs_reference, device, work, calibration)
+    return Planner(recipe, student, teacher, method, device, work, calibration)
 
 
 class Planner:
@@ -238,7 +272,7 @@ class Planner:
         recipe: Recipe,
         student: Architecture,
         teacher: Architecture | None,
-        reference: bool,
+        method: Method,
         device: Device,
         work: Workload,
         calibration: Calibration | None = None,
@@ -247,12 +281,11 @@ class Planner:
 
         Args:
             teacher: None where the method has none.
-            reference: whether the initial student is kept as a reference.
         """
         self._recipe = recipe
         self._student = student
         self._teacher = teacher
-        self._reference = reference
+        self._method = method
         self._device = device
         self._work = work
         self._calibration = calibration or Calibration()
@@ -280,16 +313,23 @@ class Planner:
         return Plan(setup, phases, self._seconds(setup, phases), problems, missing, tokens)
 
     def best(self, ranks: int, count: int) -> tuple[list[Plan], list[Plan]]:
-        """The `count` fastest setups that fit on so many ranks, and the nearest misses, one for each phase."""
+        """The `count` fastest setups that fit on so many ranks, and the nearest misses, one for each phase.
+
+        More context parallelism costs more exchange than data parallelism, and is tried where memory lacks: where
+        nothing fits with less of it, or only what computes layers again.
+        """
         fitting: list[Plan] = []
         misses: dict[str, Plan] = {}
-        for setup in self._setups(ranks):
-            plan = self.judge(setup)
-            if not plan.missing:
-                fitting.append(plan)
-            for phase in list(plan.missing)[:1]:
-                if phase not in misses or sum(plan.missing.values()) < sum(misses[phase].missing.values()):
-                    misses[phase] = plan
+        for context in _SIZES:
+            if any(not plan.setup.recompute for plan in fitting):
+                break
+            for setup in self._setups(ranks, context):
+                plan = self.judge(setup)
+                if not plan.missing:
+                    fitting.append(plan)
+                for phase in list(plan.missing)[:1]:
+                    if phase not in misses or sum(plan.missing.values()) < sum(misses[phase].missing.values()):
+                        misses[phase] = plan
         return sorted(fitting, key=lambda plan: plan.step_seconds)[:count], list(misses.values())
 
     def nearest(self, ranks: int) -> Plan | None:
@@ -303,6 +343,7 @@ class Planner:
         """Why models, ranks and batch do not divide as the setup asks; None if they do."""
         try:
             check_divides(setup, self._student, self._teacher, self._work.responses)
+            check_context(setup.context, self._work.row_tokens, self._method)
             check_fp8_layout(self._recipe, setup, self._student, self._teacher)
             if self._teacher is not None and self._recipe.sgopd.estimator == "full":
                 layouts = setup.student.layout, setup.teacher.layout
@@ -313,7 +354,7 @@ class Planner:
 
     # ---- Search -----------------------------------------------------------------------------------------
 
-    def _setups(self, ranks: int) -> Iterator[Setup]:
+    def _setups(self, ranks: int, context: int) -> Iterator[Setup]:
         """Layouts that divide, each with the engine's share left open."""
         within = [size for size in _SIZES if size <= self._device.per_node]
         experts = [e for e in within if self._teacher is not None and self._teacher.num_experts]
@@ -321,7 +362,7 @@ class Planner:
         students = itertools.product(within, _SIZES, (1, 2, 4), (False, True))
         teachers = list(itertools.product(within, _SIZES, experts or (1,), (False, True)))
         for tensor, pipeline, rows, recompute in students:
-            first = Setup(ranks, tensor, pipeline, rows, recompute, False, optimizer, 1, 1, 1, False, 1, None)
+            first = Setup(ranks, tensor, pipeline, context, rows, recompute, False, optimizer, 1, 1, 1, False, 1, None)
             first = replace(first, sequence=tensor > 1 and self._device.gpu)
             same = replace(first, teacher_tensor=tensor, teacher_pipeline=pipeline)
             if self._teacher is None:
@@ -360,8 +401,7 @@ class Planner:
     def _state_uncached(self, setup: Setup) -> memory.TrainingState:
         """Of the stage that has most."""
         stages = {0, setup.pipeline - 1}
-        shards = setup.student.data if setup.distributed_optimizer else 1
-        layout, fp8 = setup.student.layout, self._recipe.fp8.format is not None
+        layout, shards, fp8 = setup.student.layout, setup.optimizer_shards, self._recipe.fp8.format is not None
         found = [memory.training_state(self._student, layout, s, self._precision, shards, fp8) for s in stages]
         return max(found, key=lambda state: state.total)
 
@@ -377,7 +417,7 @@ class Planner:
         found = {}
         if self._teacher is not None:
             found["teacher"] = self._weights("teacher", setup.teacher.layout)
-        if self._reference:
+        if self._method.needs_reference:
             found["reference"] = self._weights("reference", setup.student.layout)
         return found
 
@@ -420,13 +460,13 @@ class Planner:
         }
         if self._teacher is not None:
             phases["teacher"] = resident | asleep | self._scoring(setup, "teacher", self._teacher, setup.teacher)
-        if self._reference:
+        if self._method.needs_reference:
             phases["reference"] = resident | asleep | self._scoring(setup, "reference", self._student, setup.student)
         phases["train"] = resident | asleep | self._activations(setup)
         return phases
 
     def _scoring(self, setup: Setup, name: str, architecture: Architecture, spread: Spread) -> dict[str, int]:
-        tokens = setup.rows_per_microbatch * self._work.row_tokens
+        tokens = setup.rows_per_microbatch * self._work.row_tokens // setup.context
         layer = self._layer_bytes(architecture, spread, setup.rows_per_microbatch)
         logits = self._chunk_logits(architecture, spread.layout.tensor, tokens)
         output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=False)
@@ -434,7 +474,7 @@ class Planner:
 
     def _activations(self, setup: Setup) -> dict[str, int]:
         spread, architecture = setup.student, self._student
-        tokens = setup.rows_per_microbatch * self._work.row_tokens
+        tokens = setup.rows_per_microbatch * self._work.row_tokens // setup.context
         layer = self._layer_bytes(architecture, spread, setup.rows_per_microbatch)
         layers = architecture.num_layers // setup.pipeline
         kept = memory.layer_input_bytes(architecture, spread.layout, tokens, setup.sequence)
@@ -447,10 +487,11 @@ class Planner:
         return max(first if setup.pipeline > 1 else last, last, key=lambda parts: sum(parts.values()))
 
     def _layer_bytes(self, architecture: Architecture, spread: Spread, rows: int) -> int:
+        row_tokens, context = self._work.row_tokens, spread.context
         if self._device.gpu:
-            tokens = rows * self._work.row_tokens
+            tokens = rows * row_tokens // context
             return memory.fused_activation_bytes(architecture, spread.layout, tokens, spread.sequence)
-        return memory.activation_bytes(architecture, spread.layout, rows, self._work.row_tokens, self._precision)
+        return memory.activation_bytes(architecture, spread.layout, rows, row_tokens, self._precision, context)
 
     def _chunk_logits(self, architecture: Architecture, tensor: int, tokens: int) -> int:
         rows = padded_vocab_size(architecture, tensor) // tensor
@@ -473,7 +514,6 @@ class Planner:
     def _seconds(self, setup: Setup, phases: dict[str, dict[str, int]]) -> dict[str, float]:
         work, device, microbatch = self._work, self._device, setup.rows_per_microbatch
         rows = work.rows(setup.shares)
-        shards = setup.student.data if setup.distributed_optimizer else 1
         cache = phases["generate"]["cache"]
         seconds = {
             "sync": times.sync_seconds(self._student, setup.student, device, self._alike(setup)),
@@ -490,6 +530,7 @@ class Planner:
             seconds[name] = times.forward_seconds(architecture, spread, work, rows, microbatch, device, fp8)
         for name, nbytes in loads.items():
             seconds[name] += times.host_seconds(nbytes, device)
+        shards = setup.optimizer_shards
         seconds["train"] = self._train_seconds(setup.student, rows, microbatch, setup.recompute, shards)
         verify = times.verify_seconds(work.responses, setup.ranks * self._recipe.verify.workers)
         seconds["verify"] = max(0.0, verify - seconds.get("teacher", 0.0) - seconds.get("reference", 0.0))

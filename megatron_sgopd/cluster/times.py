@@ -56,10 +56,11 @@ class Spread:
     layout: ParallelLayout
     data: int
     sequence: bool = False
+    context: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.layout.tensor * self.layout.pipeline * self.data
+        return self.layout.tensor * self.layout.pipeline * self.context * self.data
 
     def microbatches(self, rows: int, most: int) -> int:
         """Of each data-parallel rank, with at most so many of the packed rows in one."""
@@ -117,7 +118,9 @@ def forward_seconds(
     """A forward pass over all rows, as a scorer makes it."""
     compute = _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("forward")
     microbatches = spread.microbatches(rows, rows_per_microbatch)
-    return (compute + _exchange_seconds(architecture, spread, work, rows, device)) * _bubble(spread, microbatches)
+    within_layers = _exchange_seconds(architecture, spread, work, rows, device)
+    within_layers += _context_seconds(architecture, spread, work, rows, device)
+    return (compute + within_layers) * _bubble(spread, microbatches)
 
 
 def train_seconds(
@@ -139,8 +142,10 @@ def train_seconds(
     compute = passes * _last_stage_seconds(architecture, spread, work, rows, device, fp8) / efficiency("train")
     microbatches = spread.microbatches(rows, rows_per_microbatch)
     within_layers = (passes - 1) * _exchange_seconds(architecture, spread, work, rows, device)
+    within_layers += passes * _context_seconds(architecture, spread, work, rows, device)  # gradients come back
     elements = shard_elements(architecture, spread.layout, 0)
-    share = (spread.data - 1) / spread.data
+    copies = spread.data * spread.context
+    share = (copies - 1) / copies
     exchange = 6 * share * elements / spread.bandwidth(device, spread.ranks)
     hidden = 2 * compute / passes / microbatches  # behind the last microbatch's backward pass
     state = 2 * (18 * elements / optimizer_shards) / device.memory_bandwidth
@@ -154,7 +159,7 @@ def _last_stage_seconds(
     in_layers = rows * work.row_tokens * forward_flops(architecture, work.context) / spread.layout.pipeline
     in_output = work.responses * work.response_tokens * output_flops(architecture)
     peak = device.fp8_flops if fp8 and device.fp8_flops else device.bf16_flops
-    return (in_layers / peak + in_output / device.bf16_flops) / (spread.layout.tensor * spread.data)
+    return (in_layers / peak + in_output / device.bf16_flops) / (spread.layout.tensor * spread.context * spread.data)
 
 
 def _exchange_seconds(architecture: Architecture, spread: Spread, work: Workload, rows: int, device: Device) -> float:
@@ -163,11 +168,22 @@ def _exchange_seconds(architecture: Architecture, spread: Spread, work: Workload
     Over tensor-parallel ranks two sums a layer, sent twice; over expert-parallel ones tokens to their experts and back.
     """
     t, e = spread.layout.tensor, spread.layout.expert
-    tokens = rows * work.row_tokens / spread.data / spread.layout.pipeline
-    numbers = tokens * architecture.num_layers * architecture.hidden_size
+    numbers = _layer_tokens(architecture, spread, work, rows) * architecture.hidden_size
     summed = 2 * 2 * 2 * numbers * (t - 1) / t / spread.bandwidth(device, t)
     routed = 2 * 2 * numbers / t * architecture.experts_per_token * (e - 1) / e / spread.bandwidth(device, t * e)
     return summed + routed
+
+
+def _context_seconds(architecture: Architecture, spread: Spread, work: Workload, rows: int, device: Device) -> float:
+    """Keys and values that each of c context-parallel ranks hands to c - 1 others in one pass, two bytes a number."""
+    t, c = spread.layout.tensor, spread.context
+    numbers = 2 * architecture.key_size / t * _layer_tokens(architecture, spread, work, rows)
+    return 2 * numbers * (c - 1) / spread.bandwidth(device, t * c)
+
+
+def _layer_tokens(architecture: Architecture, spread: Spread, work: Workload, rows: int) -> float:
+    """Tokens that pass through a layer, summed over a rank's layers."""
+    return rows * work.row_tokens / (spread.data * spread.context) * architecture.num_layers / spread.layout.pipeline
 
 
 def _bubble(spread: Spread, microbatches: int) -> float:

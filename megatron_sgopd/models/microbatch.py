@@ -13,71 +13,90 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_sgopd.models.logprobs import OutputHead
 from megatron_sgopd.platform import current
-from megatron_sgopd.rollout.packing import PackedRows
+from megatron_sgopd.rollout.packing import PackedRows, context_columns
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """B packed rows on this rank's device and the response tokens in them."""
+    """B packed rows, of each the L columns that this rank holds, and the T response tokens that are predicted there.
 
-    tokens_BS: torch.Tensor
-    positions_BS: torch.Tensor
+    Without context parallelism these are all S columns. Tensors are on this rank's device, but where it is said.
+    """
+
+    first_row: int
+    tokens_BL: torch.Tensor
+    positions_BL: torch.Tensor
     segments_BS: torch.Tensor
-    """On the host, as are the responses."""
+    """On the host, and of all columns, as are the responses."""
     responses_BS: torch.Tensor
     row_T: torch.Tensor
     """Row within the microbatch of each response token."""
-    column_T: torch.Tensor
-    """Column at which it is predicted."""
+    place_T: torch.Tensor
+    """Place in L at which it is predicted."""
     targets_T: torch.Tensor
-    span: slice
-    """Which of all response tokens of the step these are."""
+    index_T: torch.Tensor
+    """On the host: which of all response tokens of the step these are."""
 
 
-def microbatches(rows: PackedRows, start: int, stop: int) -> Iterator[Microbatch]:
-    """Those of rows [start, stop)."""
+def microbatches(rows: PackedRows, start: int, stop: int, context: Any) -> Iterator[Microbatch]:
+    """Those of rows [start, stop), as this rank of the context-parallel group `context` holds them."""
     device, size = current().device, rows.microbatch_rows
     for first in range(start, stop, size):
-        span = rows.tokens_of_rows(first, first + size)
+        these, span = slice(first, first + size), rows.tokens_of_rows(first, first + size)
+        segments_BS = rows.segments_RS[these]
+        columns_BL = context_columns(segments_BS, context.size())[context.rank()]
+        places_BL = torch.arange(columns_BL.shape[1]).expand_as(columns_BL)
+        place_BS = torch.full_like(segments_BS, -1).scatter_(1, columns_BL, places_BL)
+        row_T = rows.row_T[span] - first
+        place_T = place_BS[row_T, rows.column_T[span]]
+        held_T = (place_T >= 0).nonzero()[:, 0]
         yield Microbatch(
-            rows.tokens_RS[first : first + size].to(device),
-            rows.positions_RS[first : first + size].to(device),
-            rows.segments_RS[first : first + size],
-            rows.responses_RS[first : first + size],
-            (rows.row_T[span] - first).to(device),
-            rows.column_T[span].to(device),
-            rows.targets_T[span].to(device),
-            span,
+            first,
+            rows.tokens_RS[these].gather(1, columns_BL).to(device),
+            rows.positions_RS[these].gather(1, columns_BL).to(device),
+            segments_BS,
+            rows.responses_RS[these],
+            row_T[held_T].to(device),
+            place_T[held_T].to(device),
+            rows.targets_T[span][held_T].to(device),
+            held_T + span.start,
         )
 
 
 def forward(model: Any, batch: Microbatch, output_processor: Any, context: Any) -> torch.Tensor:
-    """Run this pipeline stage; the last stage returns what `output_processor` makes of the hidden states."""
-    tokens, positions = batch.tokens_BS, batch.positions_BS
+    """Run this pipeline stage; the last stage returns what `output_processor` makes of the hidden states.
+
+    Args:
+        context: given to `output_processor`.
+    """
+    tokens, positions = batch.tokens_BL, batch.positions_BL
     if current().one_long_row:
         tokens, positions = tokens.view(1, -1), positions.view(1, -1)
-    with _rotated_by(positions, model) if current().shares_prompts else contextlib.nullcontext():
+    length = batch.segments_BS.shape[1]
+    with _rotated_by(positions, model, length) if current().shares_prompts else contextlib.nullcontext():
         return model(
             tokens,
             positions,
             output_processor=output_processor,
             output_processor_context=context,
-            **current().packed_attention(batch.segments_BS, batch.responses_BS),
+            **current().packed_attention(batch.segments_BS, batch.responses_BS, unwrapped(model).pg_collection.cp),
         )
 
 
 @contextlib.contextmanager
-def _rotated_by(positions_BS: torch.Tensor, model: Any) -> Iterator[None]:
-    """The rope of each token is that of its position.
+def _rotated_by(positions_BL: torch.Tensor, model: Any, length: int) -> Iterator[None]:
+    """The rope of each token is that of its position, which is below `length`.
 
     Megatron's is that of a token's column, which is as good where a segment has one response: only distances count.
     """
+    gpt = unwrapped(model)
 
     def choose(decoder: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
-        rope_SD = keywords["rotary_pos_emb"][:, 0, 0]
-        return arguments, keywords | {"rotary_pos_emb": rope_SD[positions_BS.T][:, :, None]}
+        # For packed sequences Megatron makes the rope of all positions, else of the columns of a context-parallel rank.
+        rope_SD = gpt.rotary_pos_emb(length, packed_seq=True)[:, 0, 0]
+        return arguments, keywords | {"rotary_pos_emb": rope_SD[positions_BL.T][:, :, None]}
 
-    hook = unwrapped(model).decoder.register_forward_pre_hook(choose, with_kwargs=True)
+    hook = gpt.decoder.register_forward_pre_hook(choose, with_kwargs=True)
     try:
         yield
     finally:
@@ -98,7 +117,7 @@ def response_hidden(
     """Hidden states at the positions that predict response tokens.
 
     Args:
-        hidden_states: [S, B, H] as a `GPTModel`'s decoder returns them, or [B * S, 1, H] of one long row; with sequence
+        hidden_states: [L, B, H] as a `GPTModel`'s decoder returns them, or [B * L, 1, H] of one long row; with sequence
             parallelism a rank's share of the first axis.
 
     Returns:
@@ -109,8 +128,8 @@ def response_hidden(
             hidden_states, tensor_parallel_output_grad=False, group=tensor_parallel_group
         )
     if current().one_long_row:
-        return hidden_states[:, 0][batch.row_T * batch.tokens_BS.shape[1] + batch.column_T]
-    return hidden_states.view(batch.tokens_BS.shape[1], batch.tokens_BS.shape[0], -1)[batch.column_T, batch.row_T]
+        return hidden_states[:, 0][batch.row_T * batch.tokens_BL.shape[1] + batch.place_T]
+    return hidden_states.view(batch.tokens_BL.shape[1], batch.tokens_BL.shape[0], -1)[batch.place_T, batch.row_T]
 
 
 def output_head(

@@ -67,7 +67,7 @@ class PolicyStep:
         self._chunk_tokens = chunk_tokens
         self._teacher = teacher
         self._parts: list[Sums] = []
-        self._student_logprobs: list[tuple[slice, torch.Tensor]] = []
+        self._student_logprobs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._grad_squares: list[torch.Tensor] = []
 
     def next_update(self) -> PolicyStep:
@@ -91,7 +91,7 @@ class PolicyStep:
 
     def _reduced(self, loss: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Loss summed over tokens, tokens, and the pair that Megatron logs as a mean."""
-        tokens = self._counted_T[batch.span].sum().to(current().device, torch.int)
+        tokens = self._counted_T[batch.index_T].sum().to(current().device, torch.int)
         return loss, tokens, {"sgopd loss": torch.stack([loss.detach().float(), tokens.float()])}
 
     def _output_processor(
@@ -113,7 +113,7 @@ class PolicyStep:
             self._chunk_tokens,
         )
         hidden_TH = response_hidden(hidden_states, config, groups.tp, context)
-        signals = self.signals[context.span].to(hidden_TH.device)
+        signals = self.signals[context.index_T].to(hidden_TH.device)
         if signals.imitation_T is not None and groups.tp.rank() == 0:
             hidden_TH.register_hook(lambda grad_TH: self._collect_grad(grad_TH, signals))
         entropy_T, full_kl_T = None, None
@@ -137,7 +137,7 @@ class PolicyStep:
         self, hidden_TH: torch.Tensor, head: OutputHead, batch: Microbatch, signals: TokenSignals
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self._teacher is not None and signals.teacher_logprobs_T is not None
-        teacher = TeacherHead(*self._teacher.head(batch.span), signals.teacher_logprobs_T)
+        teacher = TeacherHead(*self._teacher.head(batch), signals.teacher_logprobs_T)
         return fused_full_loss(
             hidden_TH,
             head,
@@ -156,9 +156,9 @@ class PolicyStep:
         self, logprobs_T: torch.Tensor, entropy_T: Any, full_kl_T: Any, signals: TokenSignals, batch: Microbatch
     ) -> None:
         # On the device: taking them to the host here would make every microbatch wait for it.
-        self._student_logprobs.append((batch.span, logprobs_T))
+        self._student_logprobs.append((batch.index_T, logprobs_T))
         if self._student.groups.tp.rank() == 0:  # the other ranks of the group see the same tokens
-            self._parts.append(self._sums(logprobs_T, signals, self._outcomes_T[batch.span], entropy_T, full_kl_T))
+            self._parts.append(self._sums(logprobs_T, signals, self._outcomes_T[batch.index_T], entropy_T, full_kl_T))
 
     def _sums(
         self, logprobs_T: Any, signals: TokenSignals, outcomes_T: torch.Tensor, entropy_T: Any, full_kl_T: Any
@@ -197,7 +197,7 @@ class PolicyStep:
         """
         logprobs_T = torch.zeros(len(self._outcomes_T), dtype=torch.float32, device=current().device)
         if self._student.groups.tp.rank() == 0:  # stages before the last have none
-            for span, part_T in self._student_logprobs:
-                logprobs_T[span] = part_T
+            for index_T, part_T in self._student_logprobs:
+                logprobs_T[index_T] = part_T
         dist.all_reduce(logprobs_T)
         return logprobs_T.cpu()

@@ -151,9 +151,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """`base`, the configuration of the run's student, changed to `architecture` for forward-only use.
 
-    Precision, kernels and platform choices are the run's; shape, arithmetic and parallel sizes are the
-    architecture's and the arguments'. What the training loop hung onto `base` is dropped, and so is its FP8,
-    whose noise in log-probs is of the size of what the sign gate reads, unless `fp8_recipe` asks for it.
+    Precision, kernels, context parallelism and platform choices are the run's; shape, arithmetic and other parallel
+    sizes are the architecture's and the arguments'. What the training loop hung onto `base` is dropped, and so is its
+    FP8, whose noise in log-probs is of the size of what the sign gate reads, unless `fp8_recipe` asks for it.
 
     Raises:
         ConfigError: the architecture does not split over `tensor` x `pipeline` ranks, or its experts over `expert`.
@@ -200,7 +200,6 @@ def transformer_config(
         # Packed rows differ in every microbatch.
         cuda_graph_impl="none",
         cuda_graph_modules=[],
-        context_parallel_size=1,
         hybrid_context_parallel=False,
         # Of its precision.
         quant_recipe=None,

@@ -107,7 +107,7 @@ class Scorer:
         self._kept.clear()
         share = rows.rows // self.data_parallel_size
         start = share * self._groups.dp.rank()
-        parts = microbatches(rows, start, start + share)
+        parts = microbatches(rows, start, start + share, self._groups.cp)
         schedule = get_forward_backward_func(self._groups.pp.size(), None)
         outputs = schedule(
             forward_step_func=self._forward_step(temperature, with_ranks),
@@ -125,15 +125,15 @@ class Scorer:
         # Ranks that hold no result add zeros: one all-reduce. float32 holds every rank up to 2^24 exactly.
         found_KT = torch.zeros(1 + with_ranks, rows.offsets_R1[-1], dtype=torch.float32, device=current().device)
         if self._last_stage and self._groups.tp.rank() == 0:
-            for span, part_KT in outputs:
-                found_KT[:, span] = part_KT
+            for index_T, part_KT in outputs:
+                found_KT[:, index_T] = part_KT
         dist.all_reduce(found_KT)
         found_KT = found_KT.cpu()
         return found_KT[0], found_KT[1].long() if with_ranks else None
 
-    def head(self, span: slice) -> tuple[torch.Tensor, OutputHead]:
+    def head(self, batch: Microbatch) -> tuple[torch.Tensor, OutputHead]:
         """Hidden states and output layer of a microbatch that was scored last, on the ranks of the last stage."""
-        return self._kept[span.start]
+        return self._kept[batch.first_row]
 
     def _forward_step(self, temperature: float, with_ranks: bool) -> Any:
         def scores(hidden_states: Any, output_layer: Any, output_weight: Any, context: Microbatch, **_: Any) -> Any:
@@ -147,7 +147,7 @@ class Scorer:
             )
             hidden_TH = response_hidden(hidden_states, self._config, self._groups.tp, context)
             if self._keeps_hidden:
-                self._kept[context.span.start] = hidden_TH, head
+                self._kept[context.first_row] = hidden_TH, head
             if with_ranks:
                 logprobs_T, ranks_T = target_ranks(hidden_TH, head, context.targets_T)
                 return torch.stack([logprobs_T, ranks_T.to(logprobs_T.dtype)])
@@ -156,13 +156,16 @@ class Scorer:
         def forward_step(data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
             batch = next(data_iterator)
             output = forward(model, batch, scores, batch)
-            return output, lambda output, non_loss_data: (batch.span, output)
+            return output, lambda output, non_loss_data: (batch.index_T, output)
 
         return forward_step
 
 
 def _process_groups(tensor: int, pipeline: int, expert: int) -> ProcessGroupCollection:
-    """The training groups where the layout is theirs, else groups of its own over all ranks."""
+    """The training groups where the layout is theirs, else groups of its own over all ranks.
+
+    Rows are split over as many context-parallel ranks as in training, since they are packed for that.
+    """
     training = (
         mpu.get_tensor_model_parallel_world_size(),
         mpu.get_pipeline_model_parallel_world_size(),
@@ -171,5 +174,5 @@ def _process_groups(tensor: int, pipeline: int, expert: int) -> ProcessGroupColl
     if (tensor, pipeline, expert) == training:
         return ProcessGroupCollection.use_mpu_process_groups()
     return build_inference_pg_collection(
-        dist.get_world_size(), tp_size=tensor, pp_size=pipeline, cp_size=1, ep_size=expert, expt_tp_size=tensor
+        dist.get_world_size(), tp_size=tensor, pp_size=pipeline, ep_size=expert, expt_tp_size=tensor
     )

@@ -49,7 +49,7 @@ class TokenSignals:
     old_logprobs_T: torch.Tensor | None = None
     """s_t before the batch's first update; None in that update itself."""
 
-    def __getitem__(self, tokens: slice) -> TokenSignals:
+    def __getitem__(self, tokens: slice | torch.Tensor) -> TokenSignals:
         """The signals of some of the tokens."""
         return self._map(lambda tensor: tensor[tokens])
 

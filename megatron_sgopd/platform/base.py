@@ -74,7 +74,9 @@ class Platform(abc.ABC):
         """The decoder layers that a `GPTModel` of this configuration is built from."""
 
     @abc.abstractmethod
-    def packed_attention(self, segments_BS: torch.Tensor, responses_BS: torch.Tensor) -> dict[str, Any]:
+    def packed_attention(
+        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+    ) -> dict[str, Any]:
         """Arguments of `GPTModel.forward` that keep packed sequences apart.
 
         Args:
@@ -82,6 +84,7 @@ class Platform(abc.ABC):
                 with the same number. Numbers rise along a row.
             responses_BS: likewise; of these tokens, only to those that have their own number or 0. A segment has one
                 response where the platform does not share prompts.
+            context: the group of ranks that split each row as `context_columns` does; None: no other rank.
         """
 
     @abc.abstractmethod

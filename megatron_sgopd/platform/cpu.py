@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.platform.base import Platform
+from megatron_sgopd.rollout.packing import context_columns
 
 CPU = torch.device("cpu")
 
@@ -104,12 +105,19 @@ class CpuPlatform(Platform):
         spec.submodules.self_attention.submodules.core_attention = _sdpa_attention_class()
         return spec
 
-    def packed_attention(self, segments_BS: torch.Tensor, responses_BS: torch.Tensor) -> dict[str, Any]:
-        length = segments_BS.shape[1]
-        seen_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
-        seen_BSS &= (responses_BS[:, :, None] == responses_BS[:, None, :]) | (responses_BS == 0)[:, None, :]
-        seen_BSS &= torch.ones(length, length, dtype=torch.bool).tril_()
-        return {"attention_mask": ~seen_BSS[:, None], "packed_seq_params": None}
+    def packed_attention(
+        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+    ) -> dict[str, Any]:
+        rank, ranks = (0, 1) if context is None else (context.rank(), context.size())
+        columns_CBL = context_columns(segments_BS, ranks)
+        queries_BL = columns_CBL[rank]
+        keys_BS = columns_CBL.transpose(0, 1).reshape(segments_BS.shape)  # as `SdpaAttention` gathers them
+        segment_BL, response_BL = segments_BS.gather(1, queries_BL), responses_BS.gather(1, queries_BL)
+        segment_BS, response_BS = segments_BS.gather(1, keys_BS), responses_BS.gather(1, keys_BS)
+        seen_BLS = segment_BL[:, :, None] == segment_BS[:, None, :]
+        seen_BLS &= (response_BL[:, :, None] == response_BS[:, None, :]) | (response_BS == 0)[:, None, :]
+        seen_BLS &= queries_BL[:, :, None] >= keys_BS[:, None, :]
+        return {"attention_mask": ~seen_BLS[:, None], "packed_seq_params": None}
 
     def check_fp8(self, recipe: str) -> None:
         raise ConfigError(f"FP8 recipe {recipe} needs a GPU and Transformer Engine: leave it out on the CPU platform")
@@ -155,6 +163,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         device = kwargs.get("device")
         if device is not None and (isinstance(device, int) or str(device).startswith("cuda")):
             kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # for whose copy to a GPU there is none
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **kwargs)
@@ -295,11 +305,20 @@ def _adapt_vllm() -> None:
 
 
 def _sdpa_attention_class() -> type:
-    """Torch's attention kernel in the place of Megatron's unfused one, which writes out all scores."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    """Torch's attention kernel in the place of Megatron's unfused one, which writes out all scores.
+
+    Nor does Megatron's know context parallelism: this one gathers the keys and values of all ranks.
+    """
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer.module import MegatronModule
     from torch.nn.functional import scaled_dot_product_attention
 
-    class SdpaAttention(DotProductAttention):
+    class SdpaAttention(MegatronModule):
+        def __init__(self, config: Any, *, pg_collection: Any, softmax_scale: float | None = None, **_: Any) -> None:
+            super().__init__(config=config)
+            self._context = pg_collection.cp
+            self._scale = softmax_scale
+
         def forward(
             self,
             query: torch.Tensor,
@@ -308,7 +327,14 @@ def _sdpa_attention_class() -> type:
             attention_mask: torch.Tensor | None,
             **kwargs: Any,
         ) -> torch.Tensor:
-            """[S, B, heads, head_dim] each -> [S, B, heads * head_dim]; True in the mask hides a position."""
+            """[L, B, heads, head_dim] each -> [L, B, heads * head_dim].
+
+            True in the mask [B, 1, L, S] hides one of the positions of all ranks, in the ranks' order.
+            """
+            if self._context.size() > 1:
+                key, value = (
+                    gather_from_sequence_parallel_region(tensor, group=self._context) for tensor in (key, value)
+                )
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             context = scaled_dot_product_attention(
                 query,
@@ -316,7 +342,7 @@ def _sdpa_attention_class() -> type:
                 value,
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 is_causal=attention_mask is None,
-                scale=self.softmax_scale,
+                scale=self._scale,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
             return context.permute(2, 0, 1, 3).flatten(2)

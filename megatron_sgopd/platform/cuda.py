@@ -100,7 +100,9 @@ class CudaPlatform(Platform):
             qk_layernorm=config.qk_layernorm,
         )
 
-    def packed_attention(self, segments_BS: torch.Tensor, responses_BS: torch.Tensor) -> dict[str, Any]:
+    def packed_attention(
+        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+    ) -> dict[str, Any]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         rows, length = segments_BS.shape

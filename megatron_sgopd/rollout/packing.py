@@ -27,7 +27,7 @@ class PackedRows:
     positions_RS: torch.Tensor
     """int64; starts at 0 in every prompt, and goes on from there in each of its responses."""
     segments_RS: torch.Tensor
-    """int64; rises along a row, one number a segment; the padding at the end has a number of its own."""
+    """int64; rises along a row, one number a segment with its own padding; what is left of a row has one of its own."""
     responses_RS: torch.Tensor
     """int64; 0 in a prompt, then one number a response of its segment."""
     row_T: torch.Tensor
@@ -59,10 +59,38 @@ class PackedRows:
         return slice(self.offsets_R1[start], self.offsets_R1[stop])
 
 
-def assign_rows(trajectories: Sequence[Trajectory], row_tokens: int, share_prompts: bool) -> list[list[list[int]]]:
+def context_columns(segments_RS: torch.Tensor, ranks: int) -> torch.Tensor:
+    """The columns of each row that each of C context-parallel ranks holds: int64 [C, R, S / C], rising.
+
+    Of 2 C equal chunks of a segment, rank c holds the c-th from the start and the c-th from the end, so that causal
+    attention is as much work for each. Transformer Engine takes packed sequences in this split alone.
+
+    Args:
+        segments_RS: as in `PackedRows`; lengths of segments and rows are multiples of 2 C, or of anything for one rank.
+    """
+    rows, length = segments_RS.shape
+    begins_RS = torch.ones_like(segments_RS, dtype=torch.bool)
+    begins_RS[:, 1:] = segments_RS[:, 1:] != segments_RS[:, :-1]
+    begins = begins_RS.flatten().nonzero()[:, 0]
+    segment = begins_RS.flatten().cumsum(0) - 1
+    lengths = torch.diff(begins, append=begins.new_tensor([rows * length]))
+    chunk = (torch.arange(rows * length) - begins[segment]) * 2 * ranks // lengths[segment]
+    holder_RS = torch.minimum(chunk, 2 * ranks - 1 - chunk).view(rows, length)
+    return holder_RS.argsort(dim=1, stable=True).view(rows, ranks, length // ranks).transpose(0, 1)
+
+
+def segment_multiple(context_ranks: int) -> int:
+    """What the lengths of segments are padded to, so that `context_columns` can split them."""
+    return 1 if context_ranks == 1 else 2 * context_ranks
+
+
+def assign_rows(
+    trajectories: Sequence[Trajectory], row_tokens: int, share_prompts: bool, multiple: int = 1
+) -> list[list[list[int]]]:
     """First-fit decreasing: for each row its segments, for each segment the indices of its trajectories.
 
     Args:
+        row_tokens: a multiple of `multiple`, to which each segment is padded.
         share_prompts: a response goes behind the copy of its prompt that one of its group has in some row, if there is
             room; whole groups come in decreasing order.
 
@@ -94,6 +122,8 @@ def assign_rows(trajectories: Sequence[Trajectory], row_tokens: int, share_promp
                 space[row] -= prompts[index]
             segments[row].append(index)
             space[row] -= responses[index]
+        for row in segments:
+            space[row] -= space[row] % multiple
     return rows
 
 
@@ -104,7 +134,12 @@ def split_evenly(rows: int, shares: int, most: int) -> tuple[int, int]:
 
 
 def pack(
-    trajectories: Sequence[Trajectory], row_tokens: int, shares: int, most_microbatch_rows: int, share_prompts: bool
+    trajectories: Sequence[Trajectory],
+    row_tokens: int,
+    shares: int,
+    most_microbatch_rows: int,
+    share_prompts: bool,
+    context_ranks: int = 1,
 ) -> PackedRows:
     """Pack prompt and response of every trajectory into rows that can be split into equal shares of microbatches.
 
@@ -114,11 +149,13 @@ def pack(
         shares: the data-parallel ranks of each model divide it.
         most_microbatch_rows: rows that may pass through a model at once; all microbatches have as many.
         share_prompts: see `assign_rows`.
+        context_ranks: ranks that `context_columns` can then split each row over.
 
     Raises:
         ConfigError: a trajectory is longer than `row_tokens`.
     """
-    rows = assign_rows(trajectories, row_tokens, share_prompts)
+    multiple = segment_multiple(context_ranks)
+    rows = assign_rows(trajectories, row_tokens, share_prompts, multiple)
     microbatches, size = split_evenly(len(rows), shares, most_microbatch_rows)
     hands = shares * size
     count = microbatches * hands
@@ -148,6 +185,7 @@ def pack(
                 targets_T.append(tokens[row, here])
                 trajectory_T.append(np.full(len(places), index))
                 token_T.append(places)
+            end += -end % multiple
             segments[row, start:end] = segment
         positions[row, end:] = np.arange(row_tokens - end)
         segments[row, end:] = len(members)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.inference.shards import build_inference_pg_collection
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.schedules import (
@@ -133,3 +134,4 @@ def test_objects_in_a_checkpoint_are_not_unpickled_freely_once_the_plugin_has_as
 
 def test_the_rope_of_all_columns_goes_to_the_decoder_by_name():
     assert "rotary_pos_emb=rotary_pos_emb," in inspect.getsource(GPTModel.forward)
+    assert parameters(RotaryEmbedding.forward)[1:] == ["max_seq_len", "offset", "packed_seq", "cp_group"]

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 from launch import run_ranks
 from megatron_models import base_config, build, each_layout, process_groups
 
@@ -85,7 +86,7 @@ def test_weights_gradients_and_optimizer_are_counted_to_the_byte(tiny_models: di
         )
 
 
-def saved_bytes(models: str, out: str) -> None:
+def saved_bytes(models: str, out: str, layouts: list[tuple[int, int, int]], context: int) -> None:
     """Each rank writes what its part of a forward pass keeps for the backward pass, weights aside."""
     import torch
 
@@ -93,35 +94,35 @@ def saved_bytes(models: str, out: str) -> None:
     from megatron_sgopd.models.architecture import read_architecture
 
     found = []
-    for tensor, pipeline, expert in each_layout(((1, 1, 1), (2, 1, 1))):
+    for layout in each_layout(layouts, (context,)):
         for name in ("llama_untied", "qwen2", "qwen3"):
-            model = build(read_architecture(Path(models) / name), (tensor, pipeline, expert)).train()
+            model = build(read_architecture(Path(models) / name), layout, context_parallel_size=context).train()
             weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
             for rows, row_tokens in ((2, 128), (1, 256), (4, 64)):
-                tokens = torch.zeros(rows, row_tokens, dtype=torch.long)
+                whole = torch.zeros(rows, row_tokens, dtype=torch.long)
+                tokens = whole[:, : row_tokens // context]
                 kept: list[torch.Tensor] = []  # a storage that is freed may be used for another
                 with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-                    model(
-                        tokens,
-                        torch.arange(row_tokens).expand(rows, row_tokens),
-                        **platform.current().packed_attention(*[torch.zeros_like(tokens)] * 2),
-                    )
+                    model(tokens, tokens, **platform.current().packed_attention(whole, whole, process_groups().cp))
                 storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
                 total = sum(n for pointer, n in storages.items() if pointer not in weights)
-                found.append([name, tensor, rows, row_tokens, total])
+                found.append([name, layout[0], rows, row_tokens, total])
     (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-def test_activations_are_counted_within_a_tenth(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layouts", "context"), [([(1, 1, 1), (2, 1, 1)], 1), ([(1, 1, 1)], 2)], ids=["TP", "CP 2"])
+def test_activations_are_counted_within_a_tenth(
+    tiny_models: dict[str, Path], tmp_path: Path, layouts: list[tuple[int, int, int]], context: int
+) -> None:
     from megatron_sgopd.cluster.memory import activation_bytes
     from megatron_sgopd.models.architecture import read_architecture
     from megatron_sgopd.models.weight_map import ParallelLayout
 
     root = next(iter(tiny_models.values())).parent
-    run_ranks(2, saved_bytes, str(root), str(tmp_path))
+    run_ranks(2, saved_bytes, str(root), str(tmp_path), layouts, context)
     for name, tensor, rows, row_tokens, measured in json.loads((tmp_path / "0.json").read_text()):
         architecture = read_architecture(root / name)
-        layer = activation_bytes(architecture, ParallelLayout(tensor), rows, row_tokens, "float32")
-        outside = 4 * 3 * architecture.hidden_size * rows * row_tokens  # embeddings, and the last norm's
+        layer = activation_bytes(architecture, ParallelLayout(tensor), rows, row_tokens, "float32", context)
+        outside = 4 * 3 * architecture.hidden_size * rows * row_tokens // context  # embeddings, and the last norm's
         planned = architecture.num_layers * layer + outside
         assert abs(planned / measured - 1) < 0.1, (name, tensor, rows, row_tokens, planned / measured)

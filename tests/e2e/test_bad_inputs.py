@@ -124,6 +124,14 @@ BAD = {
         lambda tmp: ["sgopd.estimator=full", "sgopd.method=opd", "teacher.tensor_parallel=1"],
         "the teacher is laid out 1 x 1, the student 2 x 1",
     ),
+    "rows that context-parallel ranks cannot split": (
+        lambda tmp: ["parallel.ranks=4", "parallel.context=2", "train.row_tokens=386"],
+        "parallel.context=2 splits rows into 4 chunks, but train.row_tokens=386 is no multiple of that: let it be 388",
+    ),
+    "responses split over ranks for a method that needs them whole": (
+        lambda tmp: ["parallel.ranks=4", "parallel.context=2", "sgopd.method=rgopd"],
+        "leave parallel.context out, or take another method",
+    ),
     "a fraction of the slots above 1": (
         lambda tmp: [*TAUGHT, "teacher_rollouts.mode=mixture", "teacher_rollouts.weight=1.5"],
         "teacher_rollouts.weight=1.5 is a fraction of the slots in mode mixture: give 0 to 1",

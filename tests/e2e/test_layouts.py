@@ -17,10 +17,13 @@ LAYOUTS = {
     | {"teacher.offload": True},
     "TP 2 x PP 2": {"parallel.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2},
     "DP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "teacher.tensor_parallel": 2},
+    "CP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.context": 2},
+    "CP 2 x TP 2": {"parallel.ranks": 4, "parallel.tensor": 2, "parallel.context": 2, "teacher.tensor_parallel": 1},
+    "CP 2 x PP 2": {"parallel.ranks": 4, "parallel.tensor": 1, "parallel.context": 2, "parallel.pipeline": 2},
 }
 
 
-OFTEN = ("one rank", "TP 2 x PP 2", "DP 2")
+OFTEN = ("one rank", "TP 2 x PP 2", "DP 2", "CP 2")
 """The others hold nothing that these have not, but for a teacher of another layout."""
 
 
@@ -103,6 +106,7 @@ FULL = {"sgopd.method": "sgopd_scaled", "sgopd.estimator": "full", "train.steps"
 SAME = {
     "one rank": ONE_RANK,
     "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2},
+    "CP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.context": 2},
 }
 
 

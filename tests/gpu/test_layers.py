@@ -12,7 +12,9 @@ BF16_GAP = 0.05
 """Mean difference of log-probs that BF16 makes in models of this size."""
 
 
-def scored(models: str, name: str, fp8_recipe: str | None = None, offload: bool = False) -> tuple[Any, Any, Any]:
+def scored(
+    models: str, name: str, fp8_recipe: str | None = None, offload: bool = False, context: int = 1
+) -> tuple[Any, Any, Any]:
     """A scorer on this rank's GPU, rows of seven random responses, and their log-probs by it."""
     import torch.distributed as dist
 
@@ -29,13 +31,15 @@ def scored(models: str, name: str, fp8_recipe: str | None = None, offload: bool 
 
     from megatron_sgopd.models.scorer import Scorer
 
-    parallel_state.initialize_model_parallel(1)
+    parallel_state.initialize_model_parallel(1, context_parallel_size=context)
     model_parallel_cuda_manual_seed(1)
     generator = torch.Generator().manual_seed(0)
     prompt = Prompt("p", "", (1, 2, 3), "", "", {})
     drawn = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (5, 30, 61, 17, 40, 2, 9)]
-    rows = pack([Trajectory(prompt, i, t, (0.0,) * len(t), False) for i, t in enumerate(drawn)], 64, 1, 2, False)
-    base = base_config(bf16=True, params_dtype=torch.bfloat16, use_cpu_initialization=False)
+    trajectories = [Trajectory(prompt, i, t, (0.0,) * len(t), False) for i, t in enumerate(drawn)]
+    rows = pack(trajectories, 64, 1, 2, False, context)
+    fields = {"bf16": True, "params_dtype": torch.bfloat16, "use_cpu_initialization": False}
+    base = base_config(**fields, context_parallel_size=context)
     architecture = read_architecture(Path(models) / name)
     scorer = Scorer(architecture, base, 1, 1, offload, 0, fp8_recipe=fp8_recipe)
     if scorer.hosted is not None:
@@ -45,10 +49,10 @@ def scored(models: str, name: str, fp8_recipe: str | None = None, offload: bool 
     return scorer, rows, (logprobs_T[rows.trajectory_order()], [prompt.token_ids + t for t in drawn])
 
 
-def compare_with_transformers(models: str, name: str) -> None:
+def compare_with_transformers(models: str, name: str, context: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    _, _, (logprobs_T, sequences) = scored(models, name)
+    _, _, (logprobs_T, sequences) = scored(models, name, context=context)
     model = AutoModelForCausalLM.from_pretrained(Path(models) / name, dtype=torch.float32)
     expected = []
     for sequence in sequences:
@@ -62,7 +66,14 @@ def compare_with_transformers(models: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3", "mistral", "qwen3_moe"])
 def test_packed_rows_give_the_logprobs_of_transformers(tiny_models: dict[str, Path], name: str) -> None:
     """Proves THD packing, two rows to a microbatch, rope that restarts, fused layers' weights and the output layer."""
-    run_ranks(1, compare_with_transformers, str(tiny_models[name].parent), name)
+    run_ranks(1, compare_with_transformers, str(tiny_models[name].parent), name, 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "qwen3_moe"])
+def test_rows_that_two_gpus_share_give_the_logprobs_of_transformers(tiny_models: dict[str, Path], name: str) -> None:
+    """Proves context parallelism of THD rows: each rank's two chunks of a sequence, their rope, and ring attention."""
+    run_ranks(2, compare_with_transformers, str(tiny_models[name].parent), name, 2)
 
 
 def compare_recipes(models: str, recipe: str) -> None:

@@ -3,8 +3,10 @@
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_sgopd.monitor.output import EXIT_STOPPED
 
@@ -60,11 +62,24 @@ def test_a_checkpoint_is_saved_while_training_goes_on(tmp_path: Path) -> None:
     assert len(list((finished.folder / "checkpoints").glob("iter_*/manifest.json"))) == 3
 
 
+def replay(recorded_run: Finished, folder: Path, changes: dict[str, Any]) -> Finished:
+    """A run on another's responses, which it scores anew."""
+    recorded, scores = folder / "recorded", shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(recorded_run.folder / "recorded", recorded, ignore=scores)
+    return run(folder / "run", changes | {"logging.replay": str(recorded)})
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_that_share_rows_train_as_one(bf16_run: Finished, tmp_path: Path) -> None:
+    """Proves that gradients of context-parallel ranks are summed once, to what one rank has of the same responses."""
+    shared = replay(bf16_run, tmp_path, {"parallel.ranks": 2, "parallel.context": 2})
+    for name in ("loss", "grad_norm", "reverse_kl"):  # BF16 sums in another order
+        assert shared.metrics[0][name] == pytest.approx(bf16_run.metrics[0][name], rel=0.05), name
+
+
 def test_an_offloaded_teacher_gives_the_same_numbers(bf16_run: Finished, tmp_path: Path) -> None:
     """Proves the timeline: teacher and reference come and go, and the scores do not notice."""
-    recorded, scores = tmp_path / "recorded", shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(bf16_run.folder / "recorded", recorded, ignore=scores)
-    offloaded = run(tmp_path / "run", {"teacher.offload": True, "logging.replay": str(recorded)})
+    offloaded = replay(bf16_run, tmp_path, {"teacher.offload": True})
     assert offloaded.metrics[-1]["teacher_forwards"] == 3
     for ours, theirs in zip(offloaded.metrics, bf16_run.metrics, strict=True):
         assert ours["reverse_kl"] == pytest.approx(theirs["reverse_kl"], rel=1e-3)

@@ -80,5 +80,6 @@ def building(device: str = "cpu") -> Iterator[None]:
         unittest.mock.patch("torch.cuda.current_device", return_value=torch.device(device)),
         torch.device(device),
         unittest.mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        unittest.mock.patch("torch.cuda.Stream"),
     ):
         yield

@@ -127,6 +127,45 @@ def test_a_model_whose_layers_did_not_multiply_in_fp8_is_found(tiny_models: dict
     assert "layer 1 should multiply in FP8 (blockwise), and self_attention.linear_proj does not" in found["alarm"]
 
 
+def split_rows(models: str) -> None:
+    """On each of two context-parallel ranks: its tokens are those that attention takes them for."""
+    import torch.distributed as dist
+    from transformer_engine.pytorch.attention.dot_product_attention.context_parallel import get_batch_on_this_cp_rank
+
+    from megatron_sgopd.models.architecture import read_architecture
+    from megatron_sgopd.models.microbatch import microbatches
+    from megatron_sgopd.rollout.packing import pack
+    from megatron_sgopd.rollout.prompts import Prompt
+    from megatron_sgopd.rollout.trajectory import Trajectory
+
+    prompt = Prompt("p", "", (1, 2, 3), "", "", {})
+    lengths = (5, 30, 17, 40, 2, 9)
+    drawn = [Trajectory(prompt, i, tuple(range(n)), (0.0,) * n, False) for i, n in enumerate(lengths)]
+    rows = pack(drawn, 64, 1, 4, False, context_ranks=2)
+    architecture = read_architecture(Path(models) / "llama_untied")
+    for layout in each_layout(((1, 1, 1),), contexts=(2,)):
+        context = process_groups().cp
+        (batch,) = microbatches(rows, 0, rows.rows, context)
+        begins = torch.cat([torch.ones(rows.rows, 1), rows.segments_RS.diff()], dim=1).flatten().nonzero()[:, 0]
+        cu_seqlens = torch.cat([begins, torch.tensor([rows.tokens_RS.numel()])]).int()
+        whole = rows.tokens_RS.view(1, -1)
+        expected, _, positions = get_batch_on_this_cp_rank(
+            cu_seqlens, whole, None, rows.positions_RS.view(1, -1), context
+        )
+        assert torch.equal(batch.tokens_BL.view(1, -1), expected)
+        assert torch.equal(batch.positions_BL.view(1, -1), positions)
+        cuda_layers()
+        model = build(architecture, layout, context_parallel_size=2)
+        for layer in model.decoder.layers:
+            attention = layer.self_attention.core_attention
+            assert dist.get_process_group_ranks(attention.cp_group) == [0, 1]
+            assert attention.cp_comm_type == "p2p"
+
+
+def test_context_parallel_ranks_hold_the_tokens_that_attention_expects(tiny_models: dict[str, Path]) -> None:
+    run_ranks(2, split_rows, str(next(iter(tiny_models.values())).parent))
+
+
 def full_size(folder: str, out: str) -> None:
     from megatron_sgopd.models.architecture import read_architecture
     from megatron_sgopd.models.weight_map import parameters

@@ -55,6 +55,7 @@ def test_what_can_run_is_accepted(models: tuple[Architecture, Architecture], cha
         (["fp8.format=hybrid", "train.row_tokens=4100"], "a multiple of 32 tokens, but .* is 4100: let it be 4128"),
         (["fp8.format=hybrid", "train.row_tokens=4112", "parallel.sequence=false", "fp8.recipe=blockwise"], "be 4224"),
         (["fp8.teacher=tensorwise", "train.row_tokens=4104"], "fp8.teacher .* a multiple of 64 tokens"),
+        (["fp8.format=hybrid", "parallel.context=2", "train.row_tokens=4128"], "a multiple of 64 tokens"),
     ],
 )
 def test_what_cannot_is_refused_with_the_mend(

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.platform.cpu import CpuPlatform
-from megatron_sgopd.rollout.packing import PackedRows, assign_rows, pack, split_evenly
+from megatron_sgopd.rollout.packing import PackedRows, assign_rows, context_columns, pack, split_evenly
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.step import behaviour_logprobs, in_row_order
@@ -29,6 +30,13 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
     return draw(st.permutations(made))
 
 
+class Context:
+    """In place of the process group of context-parallel ranks, which only asks for these."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: ranks
+
+
 def seen_at(rows: PackedRows, row: int, column: int) -> tuple[list[int], list[int]]:
     """Tokens and positions that the token of a column attends to on the CPU, where prompts may be shared."""
     mask = CpuPlatform().packed_attention(rows.segments_RS, rows.responses_RS)["attention_mask"]
@@ -36,11 +44,11 @@ def seen_at(rows: PackedRows, row: int, column: int) -> tuple[list[int], list[in
     return rows.tokens_RS[row, seen].tolist(), rows.positions_RS[row, seen].tolist()
 
 
-@given(trajectories(), st.integers(1, 3), st.integers(1, 3), st.booleans())
+@given(trajectories(), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.sampled_from([1, 2, 4]))
 def test_a_response_token_is_predicted_from_its_prompt_and_what_came_before_it(
-    made: list[Trajectory], shares: int, most: int, share_prompts: bool
+    made: list[Trajectory], shares: int, most: int, share_prompts: bool, context_ranks: int
 ):
-    rows = pack(made, ROW, shares, most, share_prompts)
+    rows = pack(made, ROW, shares, most, share_prompts, context_ranks)
     assert rows.rows % (shares * rows.microbatch_rows) == 0 and rows.microbatch_rows <= most
     for t, (index, token) in enumerate(zip(rows.trajectory_T.tolist(), rows.token_T.tolist(), strict=True)):
         trajectory = made[index]
@@ -80,6 +88,50 @@ def test_rows_are_full_enough(lengths: list[int]):
     assert sorted(index for row in rows for segment in row for index in segment) == list(range(len(lengths)))
     assert max(filled) <= ROW
     assert sum(2 * tokens <= ROW for tokens in filled) <= 1  # as first fit leaves them
+
+
+@given(trajectories(), st.sampled_from([2, 4]), st.booleans())
+def test_ranks_that_split_rows_hold_every_column_once_and_as_much_of_each_segment(
+    made: list[Trajectory], ranks: int, share_prompts: bool
+):
+    rows = pack(made, ROW, 1, 2, share_prompts, ranks)
+    columns_CRL = context_columns(rows.segments_RS, ranks)
+    assert columns_CRL.shape == (ranks, rows.rows, ROW // ranks)
+    assert (columns_CRL.diff() > 0).all()
+    for row in range(rows.rows):
+        assert sorted(columns_CRL[:, row].flatten().tolist()) == list(range(ROW))
+        held = [rows.segments_RS[row, columns].bincount().tolist() for columns in columns_CRL[:, row]]
+        assert held == [held[0]] * ranks
+    # What Megatron's rope of packed sequences takes a rank's columns for.
+    for rank in range(ranks):
+        for row in range(rows.rows):
+            _, lengths = rows.segments_RS[row].unique_consecutive(return_counts=True)
+            starts = lengths.cumsum(0) - lengths
+            expected = [
+                _get_thd_freqs_on_this_cp_rank(rank, ranks, torch.empty(length // ranks), torch.arange(ROW), start)
+                for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+            ]
+            assert torch.equal(columns_CRL[rank, row], torch.cat(expected))
+
+
+@given(trajectories(), st.sampled_from([2, 4]))
+def test_ranks_that_split_rows_see_what_one_rank_sees(made: list[Trajectory], ranks: int):
+    rows = pack(made, ROW, 1, 2, True, ranks)
+    columns_CRL = context_columns(rows.segments_RS, ranks)
+    of_keys_RS = columns_CRL.transpose(0, 1).reshape(rows.rows, ROW)
+    whole = CpuPlatform().packed_attention(rows.segments_RS, rows.responses_RS)["attention_mask"]
+    for rank in range(ranks):
+        context = Context(rank, ranks)
+        mask = CpuPlatform().packed_attention(rows.segments_RS, rows.responses_RS, context)["attention_mask"]
+        for row in range(rows.rows):
+            expected = whole[row, 0][columns_CRL[rank, row]][:, of_keys_RS[row]]
+            assert torch.equal(mask[row, 0], expected)
+
+
+def test_one_rank_holds_rows_as_they_are():
+    rows = pack(of_lengths([3, 5, 7, 11]), ROW, 1, 2, share_prompts=True)
+    (columns_RS,) = context_columns(rows.segments_RS, 1)
+    assert torch.equal(columns_RS, torch.arange(ROW).expand(rows.rows, ROW))
 
 
 def test_groups_that_fit_share_one_prompt_and_others_as_few_as_they_can():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,28 @@ def test_tokens_travel_to_their_experts_and_back() -> None:
     assert added(moe, 8) == pytest.approx(sent / times.Spread(ParallelLayout(), 1).bandwidth(H100, 8), rel=1e-6)
     assert added(few, 8) == pytest.approx(added(moe, 8) / 2, rel=1e-6)
     assert added(moe, 16) > 2 * added(moe, 8)  # over the network
+
+
+def test_context_parallel_ranks_share_the_tokens_and_hand_on_keys_and_values() -> None:
+    student = read_architecture(LLAMA / "configs/student", with_weights=False)
+    alone, two = times.Spread(ParallelLayout(), 2), times.Spread(ParallelLayout(), 1, context=2)
+    # Half of 16 rows' keys and values, 1024 numbers of two bytes each, in 32 layers.
+    sent = 16 * 4096 / 2 * 2 * 1024 * 2 * 32 / two.bandwidth(H100, 2)
+    forward = [times.forward_seconds(student, spread, work(), 16, 1, H100) for spread in (alone, two)]
+    assert forward[1] - forward[0] == pytest.approx(sent, rel=1e-6)
+    train = [times.train_seconds(student, spread, work(), 16, 1, H100, False, 2) for spread in (alone, two)]
+    assert train[1] - train[0] == pytest.approx(3 * sent, rel=1e-6)
+
+
+@pytest.mark.parametrize(("row_tokens", "contexts"), [(4096, {1}), (262144, {4})])
+def test_rows_are_split_over_ranks_where_they_would_not_fit_otherwise(
+    capsys: pytest.CaptureFixture[str], row_tokens: int, contexts: set[int]
+) -> None:
+    _, found, _ = plan(capsys, "--gpus=16", f"--set=train.row_tokens={row_tokens}")
+    assert {one["settings"]["parallel.context"] for one in found["best"]} == contexts
+    one = found["best"][0]["settings"]
+    for model in ("parallel.tensor", "parallel.pipeline"), ("teacher.tensor_parallel", "teacher.pipeline_parallel"):
+        assert 16 % math.prod([one["parallel.context"], *(one[name] for name in model)]) == 0
 
 
 def test_an_engine_that_is_split_as_the_student_is_sent_nothing() -> None:

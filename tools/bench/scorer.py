@@ -113,14 +113,15 @@ def packed_rows(count: int) -> Any:
 def bare(model: Any, rows: Any) -> None:
     """A forward pass of all rows, to the logits of every token."""
     import torch
+    from megatron.core import mpu
 
     from megatron_sgopd.models.microbatch import microbatches
     from megatron_sgopd.platform import current
 
     with torch.no_grad():
-        for batch in microbatches(rows, 0, rows.rows):
+        for batch in microbatches(rows, 0, rows.rows, mpu.get_context_parallel_group()):
             model(
-                batch.tokens_BS, batch.positions_BS, **current().packed_attention(batch.segments_BS, batch.responses_BS)
+                batch.tokens_BL, batch.positions_BL, **current().packed_attention(batch.segments_BS, batch.responses_BS)
             )
 
 
