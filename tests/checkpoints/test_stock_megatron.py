@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -53,6 +54,7 @@ def _train(script: Path, flags: list[str], load: Path, save: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_it_loads_saves_and_trains(conversions: dict[str, Conversion], tmp_path: Path) -> None:
     model = conversions["qwen2"]
     script, saved = _plain_script(tmp_path), tmp_path / "saved"

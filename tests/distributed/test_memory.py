@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 from launch import run_ranks
 from megatron_models import base_config, build, each_layout, process_groups
 
@@ -86,7 +85,7 @@ def test_weights_gradients_and_optimizer_are_counted_to_the_byte(tiny_models: di
         )
 
 
-def saved_bytes(models: str, out: str, layouts: list[tuple[int, int, int]], context: int) -> None:
+def saved_bytes(models: str, out: str) -> None:
     """Each rank writes what its part of a forward pass keeps for the backward pass, weights aside."""
     import torch
 
@@ -94,7 +93,9 @@ def saved_bytes(models: str, out: str, layouts: list[tuple[int, int, int]], cont
     from megatron_sgopd.models.architecture import read_architecture
 
     found = []
-    for layout in each_layout(layouts, (context,)):
+    for layout in each_layout(((1, 1, 1), (2, 1, 1)), contexts=(1, 2)):
+        group = process_groups().cp
+        context = group.size()
         for name in ("llama_untied", "qwen2", "qwen3"):
             model = build(read_architecture(Path(models) / name), layout, context_parallel_size=context).train()
             weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -103,26 +104,25 @@ def saved_bytes(models: str, out: str, layouts: list[tuple[int, int, int]], cont
                 tokens = whole[:, : row_tokens // context]
                 kept: list[torch.Tensor] = []  # a storage that is freed may be used for another
                 with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-                    model(tokens, tokens, **platform.current().packed_attention(whole, whole, process_groups().cp))
+                    model(tokens, tokens, **platform.current().packed_attention(whole, whole, group))
                 storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
                 total = sum(n for pointer, n in storages.items() if pointer not in weights)
-                found.append([name, layout[0], rows, row_tokens, total])
+                found.append([name, layout[0], context, rows, row_tokens, total])
     (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-@pytest.mark.parametrize(("layouts", "context"), [([(1, 1, 1), (2, 1, 1)], 1), ([(1, 1, 1)], 2)], ids=["TP", "CP 2"])
-def test_activations_are_counted_within_a_tenth(
-    tiny_models: dict[str, Path], tmp_path: Path, layouts: list[tuple[int, int, int]], context: int
-) -> None:
+def test_activations_are_counted_within_a_tenth(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     from megatron_sgopd.cluster.memory import activation_bytes
     from megatron_sgopd.models.architecture import read_architecture
     from megatron_sgopd.models.weight_map import ParallelLayout
 
     root = next(iter(tiny_models.values())).parent
-    run_ranks(2, saved_bytes, str(root), str(tmp_path), layouts, context)
-    for name, tensor, rows, row_tokens, measured in json.loads((tmp_path / "0.json").read_text()):
+    run_ranks(2, saved_bytes, str(root), str(tmp_path))
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert len(found) == 3 * 3 * 3
+    for name, tensor, context, rows, row_tokens, measured in found:
         architecture = read_architecture(root / name)
         layer = activation_bytes(architecture, ParallelLayout(tensor), rows, row_tokens, "float32", context)
         outside = 4 * 3 * architecture.hidden_size * rows * row_tokens // context  # embeddings, and the last norm's
         planned = architecture.num_layers * layer + outside
-        assert abs(planned / measured - 1) < 0.1, (name, tensor, rows, row_tokens, planned / measured)
+        assert abs(planned / measured - 1) < 0.1, (name, tensor, context, rows, row_tokens, planned / measured)
