@@ -58,7 +58,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     student, teacher = read_architecture(settings.model.path), read_architecture(settings.teacher.path)
     for architecture in (student, teacher):
         check_conversion(architecture.folder)
-    if student.num_experts and replay is None and (settings.platform == "cpu" or gpu_memory() is None):
+    if student.num_experts and replay is None and gpu_memory(settings.platform) is None:
         raise ConfigError(
             f"model.path={settings.model.path} has experts, and vLLM takes no new weights for experts on a CPU: train "
             "it on GPUs, or take a model without experts"

@@ -317,6 +317,8 @@ class ParallelSettings:
     context: int = Field(default=1, ge=1)
     """Ranks that share the tokens of each packed row (CP), of the student as of the models that score; the remaining
     factor of `ranks` is data parallel."""
+    expert: int = Field(default=1, ge=1)
+    """Data-parallel ranks that share the experts of each layer of the student (EP), where it has any."""
     sequence: bool = False
     """Sequence parallelism within the tensor-parallel group."""
 

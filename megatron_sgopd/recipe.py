@@ -26,8 +26,9 @@ from megatron_sgopd.platform.cuda import CudaPlatform
 RESOLVED = "recipe.yaml"
 _FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "private", "platform"})
 _LAYOUT = frozenset(
-    {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.sequence"}
+    {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert"}
     | {
+        "parallel.sequence",
         "teacher.tensor_parallel",
         "teacher.pipeline_parallel",
         "teacher.expert_parallel",
@@ -100,7 +101,7 @@ def plan_here(recipe: Recipe, method: Method, planned_as: str) -> Plan:
         planned_as: the device of the table that is like it but for the memory.
     """
     like = device(planned_as)
-    kind = dataclasses.replace(like, memory=gpu_memory() or like.memory)
+    kind = dataclasses.replace(like, memory=gpu_memory(recipe.platform) or like.memory)
     return planner_of(recipe, method, kind).judge(setup_of(recipe))
 
 
@@ -110,7 +111,7 @@ def check_memory(recipe: Recipe) -> None:
     Raises:
         ConfigError: naming the phase that does not fit, what it needs, and the mend.
     """
-    if recipe.platform == "cpu" or gpu_memory() is None:
+    if gpu_memory(recipe.platform) is None:
         return
     plan = plan_here(recipe, method_of(recipe), CudaPlatform.planned_as)
     if plan.problems:
@@ -132,7 +133,7 @@ def check_run_dir(recipe: Recipe) -> None:
             + ": choose another run_dir, or remove the folder"
         )
     flags = {name.removeprefix("--").replace("_", "-") for name, value in recipe.megatron.items() if value}
-    moved = sorted(different.keys() & {"parallel.tensor", "parallel.pipeline"})
+    moved = sorted(different.keys() & {"parallel.tensor", "parallel.pipeline", "parallel.expert"})
     if moved and "use-distributed-optimizer" in flags and "dist-ckpt-optim-fully-reshardable" not in flags:
         earlier, now = different[moved[0]]
         raise ConfigError(
@@ -243,6 +244,7 @@ def _recipe_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "pipeline-model-parallel-size": (parallel.pipeline, "parallel.pipeline"),
         "sequence-parallel": (parallel.sequence, "parallel.sequence"),
         "context-parallel-size": (parallel.context, "parallel.context"),
+        "expert-model-parallel-size": (parallel.expert, "parallel.expert"),
         "seq-length": (train.row_tokens, "train.row_tokens"),
         "micro-batch-size": (train.rows_per_microbatch, "train.rows_per_microbatch"),
         "global-batch-size": (rollout.prompts_per_step * rollout.group_size, "rollout.group_size"),

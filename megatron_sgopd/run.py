@@ -289,7 +289,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         expert = settings.teacher.expert_parallel
         teacher = scorer(inputs.teacher, teacher_tensor, teacher_pipeline, full, expert)
     if method.needs_reference:
-        reference = scorer(inputs.student, tensor, pipeline)
+        reference = scorer(inputs.student, tensor, pipeline, expert=groups.ep.size())
     if not settings.logging.replay:
         quantization = settings.fp8.rollouts
         engine = RolloutEngine(settings.model.path, rollout, args.seq_length, args.seed, quantization=quantization)

@@ -377,7 +377,7 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
     from megatron_sgopd.platform import gpu_memory
     from megatron_sgopd.recipe import check_memory
 
-    if gpu_memory() is None:
+    if gpu_memory(recipe.platform) is None:
         if recipe.platform == "cuda":
             said = "platform is 'cuda', and torch sees no GPU: run this on a compute node"
             yield Finding("memory", "red", said)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.provider import padded_vocab_size
-from megatron_sgopd.models.weight_map import ParallelLayout, parameters
+from megatron_sgopd.models.weight_map import ParallelLayout, Parameter, parameters
 
 _ADAM_MOMENTS = 2
 
@@ -76,14 +76,20 @@ def shard_elements(architecture: Architecture, layout: ParallelLayout, stage: in
     """
     padded = padded_vocab_size(architecture, layout.tensor)
     total = 0
-    for parameter in parameters(architecture):
-        owner = parameter.owner(layout)
+    for parameter in _of_first_experts(architecture):
         # A stage that has the embedding uses it for the output too.
         absent = parameter.entry.duplicate and layout.pipeline == 1
         left_out = experts and parameter.expert is None
-        if owner.pipeline == stage and owner.expert in (None, 0) and not absent and not left_out:
-            total += math.prod(parameter.shard_shape(layout.tensor, padded))
+        if parameter.owner(layout).pipeline == stage and not absent and not left_out:
+            alike = 1 if parameter.expert is None else architecture.num_experts // layout.expert
+            total += alike * math.prod(parameter.shard_shape(layout.tensor, padded))
     return total
+
+
+@functools.cache
+def _of_first_experts(architecture: Architecture) -> tuple[Parameter, ...]:
+    """Parameters of the model, of experts those of each layer's first, which all others are like."""
+    return tuple(parameter for parameter in parameters(architecture) if not parameter.expert)
 
 
 def activation_bytes(

@@ -47,6 +47,7 @@ class Setup:
     tensor: int
     pipeline: int
     context: int
+    expert: int
     rows_per_microbatch: int
     recompute: bool
     """Every layer is computed again in the backward pass."""
@@ -62,7 +63,7 @@ class Setup:
 
     @functools.cached_property
     def student(self) -> Spread:
-        layout = ParallelLayout(self.tensor, self.pipeline)
+        layout = ParallelLayout(self.tensor, self.pipeline, expert=self.expert)
         data = self.ranks // (self.tensor * self.pipeline * self.context)
         return Spread(layout, data, self.sequence, self.context)
 
@@ -90,6 +91,7 @@ class Setup:
             "parallel.tensor": self.tensor,
             "parallel.pipeline": self.pipeline,
             "parallel.context": self.context,
+            "parallel.expert": self.expert,
             "parallel.sequence": self.sequence,
             "train.rows_per_microbatch": self.rows_per_microbatch,
             "teacher.tensor_parallel": self.teacher_tensor,
@@ -142,6 +144,7 @@ def setup_of(recipe: Recipe, ranks: int | None = None) -> Setup:
         parallel.tensor,
         parallel.pipeline,
         parallel.context,
+        parallel.expert,
         recipe.train.rows_per_microbatch,
         flags.get("recompute-granularity") == "full",
         parallel.sequence and parallel.tensor > 1,
@@ -161,12 +164,13 @@ def check_divides(setup: Setup, student: Architecture, teacher: Architecture | N
     Raises:
         ConfigError: naming the first that does not.
     """
-    student.check_parallel(setup.tensor, setup.pipeline)
+    student.check_parallel(setup.tensor, setup.pipeline, setup.expert)
     student.check_parallel(setup.rollout_tensor, 1)
     if teacher is not None:
         teacher.check_parallel(setup.teacher_tensor, setup.teacher_pipeline, setup.teacher_expert)
     for name, size in (
         ("parallel.tensor x parallel.pipeline x parallel.context", setup.tensor * setup.pipeline * setup.context),
+        ("parallel.tensor x parallel.pipeline x parallel.expert", setup.tensor * setup.pipeline * setup.expert),
         (
             "teacher.tensor_parallel x teacher.pipeline_parallel x parallel.context",
             setup.teacher_tensor * setup.teacher_pipeline * setup.context,
@@ -179,6 +183,11 @@ def check_divides(setup: Setup, student: Architecture, teacher: Architecture | N
     ):
         if setup.ranks % size:
             raise ConfigError(f"{name} = {size} does not divide parallel.ranks={setup.ranks}")
+    if student.num_experts and setup.tensor > 1 and not setup.sequence:
+        raise ConfigError(
+            f"model.path has experts, and Megatron trains them with parallel.tensor={setup.tensor} only under sequence "
+            "parallelism: set parallel.sequence, or let parallel.tensor be 1 and raise parallel.expert"
+        )
     if responses % (setup.student.data * setup.rows_per_microbatch):
         raise ConfigError(
             f"rollout.prompts_per_step x rollout.group_size = {responses} responses is not divisible by "
@@ -295,6 +304,8 @@ class Planner:
         self._runtime = round(allowance("runtime_gib" if device.gpu else "cpu_runtime_gib") * GIB)
         self._state = functools.cache(self._state_uncached)
         self._weights = functools.cache(self._weights_uncached)
+        self._scoring = functools.cache(self._scoring_uncached)
+        self._activations = functools.cache(self._activations_uncached)
         self._train_seconds = functools.cache(self._train_seconds_uncached)
 
     def judge(self, setup: Setup) -> Plan:
@@ -357,19 +368,38 @@ class Planner:
     def _setups(self, ranks: int, context: int) -> Iterator[Setup]:
         """Layouts that divide, each with the engine's share left open."""
         within = [size for size in _SIZES if size <= self._device.per_node]
-        experts = [e for e in within if self._teacher is not None and self._teacher.num_experts]
-        optimizer = setup_of(self._recipe).distributed_optimizer or self._device.gpu
-        students = itertools.product(within, _SIZES, (1, 2, 4), (False, True))
-        teachers = list(itertools.product(within, _SIZES, experts or (1,), (False, True)))
-        for tensor, pipeline, rows, recompute in students:
-            first = Setup(ranks, tensor, pipeline, context, rows, recompute, False, optimizer, 1, 1, 1, False, 1, None)
-            first = replace(first, sequence=tensor > 1 and self._device.gpu)
+        own = setup_of(self._recipe, ranks)
+        alone = replace(
+            own,
+            context=context,
+            distributed_optimizer=own.distributed_optimizer or self._device.gpu,
+            teacher_tensor=1,
+            teacher_pipeline=1,
+            teacher_expert=1,
+            offload=False,
+            rollout_tensor=1,
+            memory_fraction=None,
+        )
+        experts = within if self._student.num_experts else [1]
+        students = itertools.product(within, _SIZES, experts, (1, 2, 4), (False, True))
+        experts = within if self._teacher is not None and self._teacher.num_experts else [1]
+        teachers = list(itertools.product(within, _SIZES, experts, (False, True)))
+        for tensor, pipeline, expert, rows, recompute in students:
+            first = replace(
+                alone,
+                tensor=tensor,
+                pipeline=pipeline,
+                expert=expert,
+                rows_per_microbatch=rows,
+                recompute=recompute,
+                sequence=tensor > 1 and self._device.gpu,
+            )
             same = replace(first, teacher_tensor=tensor, teacher_pipeline=pipeline)
             if self._teacher is None:
                 teachers = [(tensor, pipeline, 1, False)]  # whose rows count as the student's
             elif self.undivided(same) and self.undivided(first):
                 continue
-            if self._state(first).total > self.usable:
+            if self._state(first.student.layout, first.optimizer_shards).total > self.usable:
                 if not self.undivided(offloaded := replace(same, offload=True)):
                     yield self._with_share(offloaded)  # to say how much is missing
                 continue
@@ -398,35 +428,40 @@ class Planner:
 
     # ---- Memory -----------------------------------------------------------------------------------------
 
-    def _state_uncached(self, setup: Setup) -> memory.TrainingState:
+    def _state_uncached(self, layout: ParallelLayout, shards: int) -> memory.TrainingState:
         """Of the stage that has most."""
-        stages = {0, setup.pipeline - 1}
-        layout, shards, fp8 = setup.student.layout, setup.optimizer_shards, self._recipe.fp8.format is not None
+        stages, fp8 = {0, layout.pipeline - 1}, self._recipe.fp8.format is not None
         found = [memory.training_state(self._student, layout, s, self._precision, shards, fp8) for s in stages]
         return max(found, key=lambda state: state.total)
 
-    def _weights_uncached(self, name: str, layout: ParallelLayout) -> int:
-        """Of a frozen model, on the stage that has most."""
+    def _scored(self, name: str) -> Architecture:
         architecture = self._teacher if name == "teacher" else self._student
         assert architecture is not None
+        return architecture
+
+    def _weights_uncached(self, name: str, layout: ParallelLayout) -> int:
+        """Of a frozen model, on the stage that has most."""
+        architecture = self._scored(name)
         most = max(memory.shard_elements(architecture, layout, stage) for stage in {0, layout.pipeline - 1})
         # Transformer Engine keeps an FP8 copy of each weight that it multiplies by.
         return most * (memory.weight_bytes(self._precision) + (self._recipe.fp8.teacher is not None))
 
+    def _spreads(self, setup: Setup) -> dict[str, Spread]:
+        """Of the models that score."""
+        teacher = {} if self._teacher is None else {"teacher": setup.teacher}
+        return teacher | ({"reference": setup.student} if self._method.needs_reference else {})
+
     def _scorers(self, setup: Setup) -> dict[str, int]:
-        found = {}
-        if self._teacher is not None:
-            found["teacher"] = self._weights("teacher", setup.teacher.layout)
-        if self._method.needs_reference:
-            found["reference"] = self._weights("reference", setup.student.layout)
-        return found
+        """Their weights."""
+        return {name: self._weights(name, spread.layout) for name, spread in self._spreads(setup).items()}
 
     def _scorer_bytes(self, setup: Setup) -> int:
         return sum(self._scorers(setup).values())
 
     def _resident(self, setup: Setup) -> dict[str, int]:
         """What is there in all phases."""
-        resident = {"runtime": self._runtime, "student": self._state(setup).total}
+        state = self._state(setup.student.layout, setup.optimizer_shards)
+        resident = {"runtime": self._runtime, "student": state.total}
         return resident if setup.offload else resident | self._scorers(setup)
 
     def _engine_weights(self, setup: Setup) -> int:
@@ -458,33 +493,34 @@ class Planner:
             "sync": resident | engine | {"cache": 0 if self._device.gpu else engine["cache"], "bucket": bucket},
             "generate": resident | engine,
         }
-        if self._teacher is not None:
-            phases["teacher"] = resident | asleep | self._scoring(setup, "teacher", self._teacher, setup.teacher)
-        if self._method.needs_reference:
-            phases["reference"] = resident | asleep | self._scoring(setup, "reference", self._student, setup.student)
-        phases["train"] = resident | asleep | self._activations(setup)
+        microbatch = setup.rows_per_microbatch
+        for name, spread in self._spreads(setup).items():
+            phases[name] = resident | asleep | self._scoring(name, spread, microbatch)
+        rows = self._work.rows(setup.shares)
+        phases["train"] = resident | asleep | self._activations(setup.student, microbatch, setup.recompute, rows)
         return phases
 
-    def _scoring(self, setup: Setup, name: str, architecture: Architecture, spread: Spread) -> dict[str, int]:
-        tokens = setup.rows_per_microbatch * self._work.row_tokens // setup.context
-        layer = self._layer_bytes(architecture, spread, setup.rows_per_microbatch)
+    def _scoring_uncached(self, name: str, spread: Spread, microbatch: int) -> dict[str, int]:
+        architecture = self._scored(name)
+        tokens = microbatch * self._work.row_tokens // spread.context
+        layer = self._layer_bytes(architecture, spread, microbatch)
         logits = self._chunk_logits(architecture, spread.layout.tensor, tokens)
         output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=False)
-        return {name: self._scorers(setup)[name], "activations": layer, "output layer": output}
+        return {name: self._weights(name, spread.layout), "activations": layer, "output layer": output}
 
-    def _activations(self, setup: Setup) -> dict[str, int]:
-        spread, architecture = setup.student, self._student
-        tokens = setup.rows_per_microbatch * self._work.row_tokens // setup.context
-        layer = self._layer_bytes(architecture, spread, setup.rows_per_microbatch)
-        layers = architecture.num_layers // setup.pipeline
-        kept = memory.layer_input_bytes(architecture, spread.layout, tokens, setup.sequence)
-        of_stage = layers * (kept if setup.recompute else layer) + (layer if setup.recompute else 0)
-        microbatches = spread.microbatches(self._work.rows(setup.shares), setup.rows_per_microbatch)
-        first = {"activations": min(setup.pipeline, microbatches) * of_stage, "output layer": 0}
-        logits = self._chunk_logits(architecture, setup.tensor, tokens)
+    def _activations_uncached(self, spread: Spread, microbatch: int, recompute: bool, rows: int) -> dict[str, int]:
+        architecture, (tensor, pipeline) = self._student, (spread.layout.tensor, spread.layout.pipeline)
+        tokens = microbatch * self._work.row_tokens // spread.context
+        layer = self._layer_bytes(architecture, spread, microbatch)
+        layers = architecture.num_layers // pipeline
+        kept = memory.layer_input_bytes(architecture, spread.layout, tokens, spread.sequence)
+        of_stage = layers * (kept if recompute else layer) + (layer if recompute else 0)
+        in_flight = min(pipeline, spread.microbatches(rows, microbatch))
+        first = {"activations": in_flight * of_stage, "output layer": 0}
+        logits = self._chunk_logits(architecture, tensor, tokens)
         output = memory.output_bytes(architecture, spread.layout, tokens, logits, train=True)
         last = {"activations": of_stage, "output layer": output}
-        return max(first if setup.pipeline > 1 else last, last, key=lambda parts: sum(parts.values()))
+        return max(first if pipeline > 1 else last, last, key=lambda parts: sum(parts.values()))
 
     def _layer_bytes(self, architecture: Architecture, spread: Spread, rows: int) -> int:
         row_tokens, context = self._work.row_tokens, spread.context
@@ -521,15 +557,11 @@ class Planner:
                 self._student, setup.ranks, setup.rollout_tensor, work, cache, device, self._engine_weight
             ),
         }
-        loads = self._scorers(setup) if setup.offload else {}
-        scored = {"teacher": (self._teacher, setup.teacher), "reference": (self._student, setup.student)}
-        for name in self._scorers(setup):
-            architecture, spread = scored[name]
-            assert architecture is not None
-            fp8 = self._recipe.fp8.teacher is not None
-            seconds[name] = times.forward_seconds(architecture, spread, work, rows, microbatch, device, fp8)
-        for name, nbytes in loads.items():
-            seconds[name] += times.host_seconds(nbytes, device)
+        fp8 = self._recipe.fp8.teacher is not None
+        for name, spread in self._spreads(setup).items():
+            seconds[name] = times.forward_seconds(self._scored(name), spread, work, rows, microbatch, device, fp8)
+            if setup.offload:
+                seconds[name] += times.host_seconds(self._weights(name, spread.layout), device)
         shards = setup.optimizer_shards
         seconds["train"] = self._train_seconds(setup.student, rows, microbatch, setup.recompute, shards)
         verify = times.verify_seconds(work.responses, setup.ranks * self._recipe.verify.workers)

@@ -87,7 +87,7 @@ def _settings(architecture: Architecture) -> tuple[_Setting, ...]:
 
 def _expert_settings(architecture: Architecture) -> tuple[_Setting, ...]:
     if not architecture.num_experts:
-        return (_Setting("num_moe_experts", None),)
+        return (_Setting("num_moe_experts", None), _Setting("moe_ffn_hidden_size", None))
     experts, topk = str(architecture.num_experts), str(architecture.experts_per_token)
     width, pre_softmax = str(architecture.ffn_hidden_size), not architecture.renormalized_routing
     return (

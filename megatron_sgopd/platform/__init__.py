@@ -55,10 +55,10 @@ def current() -> Platform:
     return _current
 
 
-def gpu_memory() -> int | None:
-    """Bytes of this machine's first GPU; None where there is none, or this process runs on the CPU platform."""
-    if _current is not None and _current.name == "cpu":
-        return None  # its torch.cuda tells of one
+def gpu_memory(name: str) -> int | None:
+    """Bytes of the first GPU of a run on platform `name`; None where it has none."""
+    if name == "cpu" or (_current is not None and _current.name == "cpu"):  # whose torch.cuda tells of one
+        return None
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # CUDA reads it when it starts, which is here
     import torch
 

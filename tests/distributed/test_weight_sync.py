@@ -16,7 +16,7 @@ def check_sync() -> None:
     from megatron_sgopd.platform import gpu_memory, select
 
     select("cpu")
-    assert gpu_memory() is None  # whatever stands in for torch.cuda says
+    assert gpu_memory("auto") is None  # whatever stands in for torch.cuda says
     import torch
     import torch.distributed as dist
     from safetensors.torch import load_file

@@ -1,5 +1,7 @@
 """One recorded batch under many layouts: the numbers do not depend on how the models are split."""
 
+import json
+import shutil
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -10,9 +12,10 @@ import torch
 
 from .conftest import ONE_RANK, STUDENT, TEACHER, Finished, in_pairs, succeed
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": ONE_RANK,
-    "TP 2": {"parallel.ranks": 2, "parallel.tensor": 2, "teacher.tensor_parallel": 1, "teacher.pipeline_parallel": 2},
+    "TP 2": {},  # as the run that made the batch: nothing is replayed
+    "TP 2, teacher PP 2": {"teacher.tensor_parallel": 1, "teacher.pipeline_parallel": 2},
     "PP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.pipeline": 2, "teacher.tensor_parallel": 1}
     | {"teacher.offload": True},
     "TP 2 x PP 2": {"parallel.ranks": 4, "parallel.tensor": 2, "parallel.pipeline": 2},
@@ -23,7 +26,7 @@ LAYOUTS = {
 }
 
 
-OFTEN = ("one rank", "TP 2 x PP 2", "DP 2", "CP 2")
+OFTEN = ("one rank", "TP 2", "DP 2", "CP 2 x PP 2")
 """The others hold nothing that these have not, but for a teacher of another layout."""
 
 
@@ -32,11 +35,13 @@ def layouts(names: Iterable[str]) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def replayed(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory):
+def replayed(main_run: Finished, recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory):
     """Train one step on the recorded batch under a layout, scoring it anew; each layout runs once."""
 
     @cache
     def replay(layout: str) -> Finished:
+        if not LAYOUTS[layout]:
+            return main_run
         changes = LAYOUTS[layout] | {"train.steps": 1, "logging.replay": str(recorded_batch)}
         return succeed(tmp_path_factory.mktemp("layout"), changes)
 
@@ -100,6 +105,55 @@ def test_a_teacher_that_is_the_student_teaches_nothing(special: dict[str, Finish
 def test_a_live_reference_takes_no_forward(special: dict[str, Finished]):
     (line,) = special["live reference"].metrics
     assert (line["teacher_forwards"], line["reference_forwards"]) == (1, 0)
+
+
+EXPERTS = {
+    "one rank": ONE_RANK,
+    "EP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.expert": 2},
+    "EP 2 x CP 2": {"parallel.ranks": 2, "parallel.tensor": 1, "parallel.expert": 2, "parallel.context": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def student_with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights, with the tokenizer of the example's student."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("experts") / "student"
+    shutil.copytree(STUDENT, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    same = ("vocab_size", "max_position_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
+    dense = json.loads((STUDENT / "config.json").read_text())
+    config = Qwen3MoeConfig(
+        **{name: dense[name] for name in same if name in dense},
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.long
+def test_a_student_with_experts_is_trained_alike_wherever_its_experts_are(
+    student_with_experts: Path, recorded_batch: Path, tmp_path: Path
+):
+    changes: dict[str, Any] = {"model.path": str(student_with_experts), "train.steps": 1}
+    changes["logging.replay"] = str(recorded_batch)
+    changes["alarms.logprob_gap"] = 100.0  # the responses are another model's
+    runs = {name: succeed(tmp_path / name, changes | layout) for name, layout in EXPERTS.items()}
+    single = runs["one rank"]
+    expected = transformers_logprobs(student_with_experts, single.recorded_text(0))
+    for run in runs.values():
+        assert (run.recorded(0)["student_logprobs_T"] - expected).abs().max() < 1e-4
+        for name in ("loss", "grad_norm"):
+            assert run.metrics[0][name] == pytest.approx(single.metrics[0][name], rel=1e-5), name
 
 
 FULL = {"sgopd.method": "sgopd_scaled", "sgopd.estimator": "full", "train.steps": 1}

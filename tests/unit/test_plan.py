@@ -13,8 +13,11 @@ import pytest
 from megatron_sgopd.cli import main
 from megatron_sgopd.cluster import memory, times
 from megatron_sgopd.cluster.hardware import device
+from megatron_sgopd.cluster.plan import check_divides, setup_of
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count
+from megatron_sgopd.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LLAMA = EXAMPLES / "llama31_70b_to_8b"
@@ -183,6 +186,27 @@ def test_rows_are_split_over_ranks_where_they_would_not_fit_otherwise(
     one = found["best"][0]["settings"]
     for model in ("parallel.tensor", "parallel.pipeline"), ("teacher.tensor_parallel", "teacher.pipeline_parallel"):
         assert 16 % math.prod([one["parallel.context"], *(one[name] for name in model)]) == 0
+
+
+def test_a_student_with_experts_is_planned_with_them_split(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = EXAMPLES / "qwen3_30b_a3b_to_1p7b"
+    both = [f"--set={name}.path={folder}/configs/teacher" for name in ("model", "teacher")]
+    split = ["--set=parallel.expert=8", "--set=parallel.pipeline=2", "--set=rollout.tensor_parallel=4"]
+    main(["plan", str(folder / "recipe.yaml"), "--json", "--gpus=64", *both, *split])
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    moe = read_architecture(folder / "configs/teacher", with_weights=False)
+    state = memory.training_state(moe, ParallelLayout(1, 2, expert=8), 1, "bf16", optimizer_shards=32)
+    assert recipe["phase_bytes"]["train"]["student"] == state.total
+    assert recipe["phase_bytes"]["train"]["reference"] == state.weights
+
+
+def test_experts_are_not_trained_by_tensor_parallel_ranks_without_sequence_parallelism() -> None:
+    moe = read_architecture(EXAMPLES / "qwen3_30b_a3b_to_1p7b/configs/teacher", with_weights=False)
+    recipe = load_recipe(EXAMPLES / "qwen3_30b_a3b_to_1p7b/recipe.yaml", ["parallel.tensor=2"])
+    setup = dataclasses.replace(setup_of(recipe), sequence=False)
+    with pytest.raises(ConfigError, match=r"set parallel.sequence, or let parallel.tensor be 1"):
+        check_divides(setup, moe, None, 512)
+    check_divides(dataclasses.replace(setup, sequence=True), moe, None, 512)
 
 
 def test_an_engine_that_is_split_as_the_student_is_sent_nothing() -> None:
