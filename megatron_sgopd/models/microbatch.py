@@ -38,13 +38,13 @@ class Microbatch:
     """On the host: which of all response tokens of the step these are."""
 
 
-def microbatches(rows: PackedRows, start: int, stop: int, context: Any) -> Iterator[Microbatch]:
-    """Those of rows [start, stop), as this rank of the context-parallel group `context` holds them."""
+def microbatches(rows: PackedRows, start: int, stop: int, context_group: Any) -> Iterator[Microbatch]:
+    """Those of rows [start, stop), as this rank of the context-parallel group holds them."""
     device, size = current().device, rows.microbatch_rows
     for first in range(start, stop, size):
         these, span = slice(first, first + size), rows.tokens_of_rows(first, first + size)
         segments_BS = rows.segments_RS[these]
-        columns_BL = context_columns(segments_BS, context.size())[context.rank()]
+        columns_BL = context_columns(segments_BS, context_group.size())[context_group.rank()]
         places_BL = torch.arange(columns_BL.shape[1]).expand_as(columns_BL)
         place_BS = torch.full_like(segments_BS, -1).scatter_(1, columns_BL, places_BL)
         row_T = rows.row_T[span] - first

@@ -75,7 +75,7 @@ class Platform(abc.ABC):
 
     @abc.abstractmethod
     def packed_attention(
-        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context_group: Any = None
     ) -> dict[str, Any]:
         """Arguments of `GPTModel.forward` that keep packed sequences apart.
 
@@ -84,7 +84,7 @@ class Platform(abc.ABC):
                 with the same number. Numbers rise along a row.
             responses_BS: likewise; of these tokens, only to those that have their own number or 0. A segment has one
                 response where the platform does not share prompts.
-            context: the group of ranks that split each row as `context_columns` does; None: no other rank.
+            context_group: the ranks that split each row as `context_columns` does; None: no other rank.
         """
 
     @abc.abstractmethod

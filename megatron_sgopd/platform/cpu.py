@@ -106,9 +106,9 @@ class CpuPlatform(Platform):
         return spec
 
     def packed_attention(
-        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context_group: Any = None
     ) -> dict[str, Any]:
-        rank, ranks = (0, 1) if context is None else (context.rank(), context.size())
+        rank, ranks = (0, 1) if context_group is None else (context_group.rank(), context_group.size())
         columns_CBL = context_columns(segments_BS, ranks)
         queries_BL = columns_CBL[rank]
         keys_BS = columns_CBL.transpose(0, 1).reshape(segments_BS.shape)  # as `SdpaAttention` gathers them
@@ -316,7 +316,7 @@ def _sdpa_attention_class() -> type:
     class SdpaAttention(MegatronModule):
         def __init__(self, config: Any, *, pg_collection: Any, softmax_scale: float | None = None, **_: Any) -> None:
             super().__init__(config=config)
-            self._context = pg_collection.cp
+            self._context_group = pg_collection.cp
             self._scale = softmax_scale
 
         def forward(
@@ -331,9 +331,9 @@ def _sdpa_attention_class() -> type:
 
             True in the mask [B, 1, L, S] hides one of the positions of all ranks, in the ranks' order.
             """
-            if self._context.size() > 1:
+            if self._context_group.size() > 1:
                 key, value = (
-                    gather_from_sequence_parallel_region(tensor, group=self._context) for tensor in (key, value)
+                    gather_from_sequence_parallel_region(tensor, group=self._context_group) for tensor in (key, value)
                 )
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             context = scaled_dot_product_attention(

@@ -101,7 +101,7 @@ class CudaPlatform(Platform):
         )
 
     def packed_attention(
-        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+        self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context_group: Any = None
     ) -> dict[str, Any]:
         from megatron.core.packed_seq_params import PackedSeqParams
 

@@ -45,11 +45,11 @@ def score_all_ways(models: str) -> None:
             one_long_row = True
 
             def packed_attention(
-                self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context: Any = None
+                self, segments_BS: torch.Tensor, responses_BS: torch.Tensor, context_group: Any = None
             ) -> dict[str, Any]:
                 rows, length = segments_BS.shape
                 apart_BS = segments_BS + length * torch.arange(rows)[:, None]
-                return super().packed_attention(apart_BS.view(1, -1), responses_BS.view(1, -1), context)
+                return super().packed_attention(apart_BS.view(1, -1), responses_BS.view(1, -1), context_group)
 
         context = get_context_parallel_world_size()
         rows, shared = packings[context]
