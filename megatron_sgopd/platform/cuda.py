@@ -15,6 +15,7 @@ import torch
 
 from megatron_sgopd.fp8 import check_device
 from megatron_sgopd.platform.base import Platform
+from megatron_sgopd.rollout.packing import segment_bounds
 
 APEX_KERNELS = {
     "fused_weight_gradient_mlp_cuda": "gradients of weights summed in float32 by the product itself",
@@ -105,12 +106,8 @@ class CudaPlatform(Platform):
     ) -> dict[str, Any]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        rows, length = segments_BS.shape
-        starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
-        starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-        starts = starts_BS.flatten().nonzero().flatten()
-        cu_seqlens = torch.cat([starts, starts.new_tensor([rows * length])]).int()
-        cu_seqlens = cu_seqlens.pin_memory().to(self.device, non_blocking=True)
+        length = segments_BS.shape[1]
+        cu_seqlens = segment_bounds(segments_BS).int().pin_memory().to(self.device, non_blocking=True)
         # The longest sequence need only be bounded; a bound that stays the same keeps one table of rope.
         return {
             "attention_mask": None,

@@ -59,6 +59,14 @@ class PackedRows:
         return slice(self.offsets_R1[start], self.offsets_R1[stop])
 
 
+def segment_bounds(segments_RS: torch.Tensor) -> torch.Tensor:
+    """Where each segment begins when rows follow each other, and where the last one ends: int64, `cu_seqlens`."""
+    begins_RS = torch.ones_like(segments_RS, dtype=torch.bool)
+    begins_RS[:, 1:] = segments_RS[:, 1:] != segments_RS[:, :-1]
+    begins = begins_RS.flatten().nonzero()[:, 0]
+    return torch.cat([begins, begins.new_tensor([segments_RS.numel()])])
+
+
 def context_columns(segments_RS: torch.Tensor, ranks: int) -> torch.Tensor:
     """The columns of each row that each of C context-parallel ranks holds: int64 [C, R, S / C], rising.
 
@@ -69,12 +77,10 @@ def context_columns(segments_RS: torch.Tensor, ranks: int) -> torch.Tensor:
         segments_RS: as in `PackedRows`; lengths of segments and rows are multiples of 2 C, or of anything for one rank.
     """
     rows, length = segments_RS.shape
-    begins_RS = torch.ones_like(segments_RS, dtype=torch.bool)
-    begins_RS[:, 1:] = segments_RS[:, 1:] != segments_RS[:, :-1]
-    begins = begins_RS.flatten().nonzero()[:, 0]
-    segment = begins_RS.flatten().cumsum(0) - 1
-    lengths = torch.diff(begins, append=begins.new_tensor([rows * length]))
-    chunk = (torch.arange(rows * length) - begins[segment]) * 2 * ranks // lengths[segment]
+    bounds = segment_bounds(segments_RS)
+    lengths = bounds.diff()
+    place = torch.arange(rows * length) - bounds[:-1].repeat_interleave(lengths)
+    chunk = place * 2 * ranks // lengths.repeat_interleave(lengths)
     holder_RS = torch.minimum(chunk, 2 * ranks - 1 - chunk).view(rows, length)
     return holder_RS.argsort(dim=1, stable=True).view(rows, ranks, length // ranks).transpose(0, 1)
 
