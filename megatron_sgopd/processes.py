@@ -24,7 +24,7 @@ _RANK_PID = "SGOPD_RANK_PID"
 _FIRST_PARENT = os.getppid()
 """As this process begins, seconds before its libraries are loaded."""
 _LONGEST_START = timedelta(minutes=30)
-"""From the first rank's start to the last one's."""
+"""From the first rank's start to the last one's, and that they may wait for each other while they load."""
 
 
 def die_with_parent() -> None:
@@ -79,7 +79,10 @@ def joined_ranks() -> Iterator[int]:
     if "RANK" in os.environ:
         begin_rank()
         dist.init_process_group(
-            store=rendezvous(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+            store=rendezvous(),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=_LONGEST_START,
         )
     else:
         # vLLM looks for a launcher's variables too, and connects to nothing where there is one rank.
@@ -127,6 +130,16 @@ def listen(host: str, port: int) -> socket.socket:
             f"the first rank cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror}): let them be "
             "an address of the node that it runs on, and a port that is free there"
         ) from None
+
+
+def local_rank() -> int:
+    """Number of this rank on its node, as torchrun or srun says; 0 without them."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def launched_ranks() -> int:
+    """Ranks that torchrun or srun started together; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 def is_first_rank() -> bool:

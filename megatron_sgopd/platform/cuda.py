@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from megatron_sgopd.errors import Alarm, ConfigError
 from megatron_sgopd.fp8 import check_device
 from megatron_sgopd.platform.base import Platform
+from megatron_sgopd.processes import local_rank
 from megatron_sgopd.rollout.packing import segment_bounds
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_ATTENTION_CAPABILITY = (9, 0)
+"""Of GPUs on which Transformer Engine's own attention takes packed rows; on others it would pad each sequence."""
+RELOAD_LOG = "vllm.model_executor.model_loader.reload.layerwise"
+LAYER_WITHOUT_WEIGHTS = "%s: Failed to load weights"
+"""What vLLM logs there of a layer that a reload gave nothing."""
 APEX_KERNELS = {
     "fused_weight_gradient_mlp_cuda": "gradients of weights summed in float32 by the product itself",
     "fused_layer_norm_cuda": "norms in one kernel, where Transformer Engine has none",
@@ -26,8 +37,21 @@ APEX_KERNELS = {
 
 
 def has_kernel(name: str) -> bool:
-    """Whether one of Apex's modules is installed."""
+    """Whether a package of kernels is installed."""
     return importlib.util.find_spec(name) is not None
+
+
+def check_precision(precision: str) -> None:
+    """Check a recipe's `train.precision`.
+
+    Raises:
+        ConfigError: it is not possible on GPUs.
+    """
+    if precision != "bf16":
+        raise ConfigError(
+            f"train.precision={precision} is not possible on GPUs, where attention over packed rows is in BF16: let it "
+            "be bf16"
+        )
 
 
 class CudaPlatform(Platform):
@@ -36,11 +60,14 @@ class CudaPlatform(Platform):
     name = "cuda"
     several_engines = False  # vLLM's sleep mode allows one in a process
     saves_in_background = True
+    loads_distributed_optimizer = True
+    groups_experts = True
     planned_as = "h100-80g"
     one_long_row = True
     shares_prompts = False  # attention kernels for packed rows know no prefix with branches
     environment: ClassVar[dict[str, str]] = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order of launches
+        "NCCL_GRAPH_REGISTER": "0",  # else NCCL holds the memory of vLLM's CUDA graphs while they are offloaded
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process, its device and its weights
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
@@ -48,6 +75,8 @@ class CudaPlatform(Platform):
     megatron_flags = (
         "--distributed-backend=nccl",
         "--transformer-impl=transformer_engine",
+        "--async-strategy=mcore",  # Megatron's default takes nvidia-resiliency-ext
+        "--distributed-timeout-minutes=60",  # ranks load for longer than Megatron's 10; hangs are told by heartbeats
         # Megatron's default, which its output layer refuses without Apex.
         *(() if has_kernel("fused_weight_gradient_mlp_cuda") else ("--no-gradient-accumulation-fusion",)),
     )
@@ -55,7 +84,13 @@ class CudaPlatform(Platform):
     def install(self) -> None:
         for key, value in self.environment.items():
             os.environ.setdefault(key, value)
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        number, seen = local_rank(), torch.cuda.device_count()
+        if number >= seen:
+            raise ConfigError(
+                f"rank {number} of this node sees {seen} GPU{'s' * (seen > 1)}: start as many ranks on a node as it "
+                "has GPUs, and let each of them see all (--gpus-per-node, not --gpus-per-task or --gpu-bind)"
+            )
+        torch.cuda.set_device(number)
         self._copies = torch.cuda.Stream()
 
     @property
@@ -120,6 +155,15 @@ class CudaPlatform(Platform):
             ),
         }
 
+    def check_training(self, precision: str) -> None:
+        check_precision(precision)
+        capability = torch.cuda.get_device_capability()
+        if capability < _ATTENTION_CAPABILITY and not has_kernel("flash_attn"):
+            raise ConfigError(
+                f"attention over packed rows needs a GPU of compute capability {_ATTENTION_CAPABILITY}, and this one "
+                f"has {capability}: take H100s, or install flash-attn"
+            )
+
     def check_fp8(self, recipe: str) -> None:
         check_device(recipe, torch.cuda.get_device_capability())
 
@@ -129,8 +173,49 @@ class CudaPlatform(Platform):
     def engine_options(
         self, memory_fraction: float, cache_bytes: int, quantization: str | None = None
     ) -> dict[str, Any]:
-        options = {"gpu_memory_utilization": memory_fraction, "enable_sleep_mode": True}
+        options = {
+            "dtype": "bfloat16",  # of the trainer's weights, whatever config.json says
+            "gpu_memory_utilization": memory_fraction,
+            "enable_sleep_mode": True,
+            "sleep_mode_offload_cudagraph": True,
+        }
         return options | ({"quantization": f"fp8_{quantization}"} if quantization else {})
 
     def load_engine_weights(self, engine: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        reload_weights(engine, weights)
+
+
+def reload_weights(engine: LLM, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Replace the weights of a vLLM engine, quantized anew where it quantizes.
+
+    vLLM only logs the layers that were given none and keep what they had: for those of a rope, and for an output layer
+    that is the embedding, that is as it should be.
+
+    Raises:
+        Alarm: another layer was given none.
+    """
+    tied = engine.llm_engine.vllm_config.model_config.hf_text_config.tie_word_embeddings
+    given_none: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.msg != LAYER_WITHOUT_WEIGHTS:
+            return True
+        assert isinstance(record.args, tuple)
+        given_none.append(str(record.args[0]))
+        return False
+
+    log = logging.getLogger(RELOAD_LOG)
+    level = log.level
+    log.addFilter(note)
+    log.setLevel(logging.WARNING)  # VLLM_LOGGING_LEVEL may hide them
+    try:
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    finally:
+        log.removeFilter(note)
+        log.setLevel(level)
+    without = ("RotaryEmbedding", "LMHead") if tied else ("RotaryEmbedding",)
+    if left_out := sorted({name for name in given_none if not name.endswith(without)}):
+        raise Alarm(
+            f"weight sync: layers of the rollout engine got no weights and keep old ones ({', '.join(left_out)}): "
+            "rollouts would come from a wrong policy. Check the model's entry in the weight table."
+        )

@@ -11,21 +11,41 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgopd.config import RolloutSettings
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.weight_map import Parameter, owned_parameters
 from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory, gather_trajectories, sampling_seed
+from megatron_sgopd.rollout.unregistered import unregistered_tensors
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 
+def replicas(ranks: int, tensor_parallel: int, setting: str = "rollout.tensor_parallel") -> int:
+    """Replicas that `ranks` ranks form.
+
+    Args:
+        setting: where `tensor_parallel` comes from.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    if ranks % tensor_parallel:
+        raise ConfigError(
+            f"{setting}={tensor_parallel} does not divide the number of ranks, which is {ranks}: start "
+            f"{tensor_parallel} or a multiple (sbatch --ntasks-per-node, torchrun --nproc-per-node), or change it"
+        )
+    return ranks // tensor_parallel
+
+
 class RolloutEngine:
     """One vLLM replica for every `tensor_parallel` consecutive ranks, on the ranks' own devices.
 
-    All ranks call every method together. Log-probs that it reports are those of the distribution that was
-    sampled from: after the temperature, over the whole vocabulary.
+    All ranks call every method together, but replicas know nothing of each other: one that has fewer or shorter
+    responses generates no empty steps beside the others. Log-probs that an engine reports are those of the
+    distribution that was sampled from: after the temperature, over the whole vocabulary.
     """
 
     def __init__(
@@ -45,7 +65,7 @@ class RolloutEngine:
 
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
-        self._replicas = world_size // settings.tensor_parallel
+        self._replicas = replicas(world_size, settings.tensor_parallel)
         self._replica = rank // settings.tensor_parallel
         self._contributes = rank % settings.tensor_parallel == 0
         self._max_new_tokens = settings.max_new_tokens
@@ -55,7 +75,8 @@ class RolloutEngine:
         self._llm = LLM(
             model=str(folder),
             tensor_parallel_size=settings.tensor_parallel,
-            data_parallel_size=self._replicas,
+            # With data_parallel_size vLLM would keep replicas in step by collectives, whose sizes do not pair up once
+            # one of them ends a step earlier under asynchronous scheduling. Without, each is a group of its own.
             distributed_executor_backend="external_launcher",
             max_model_len=max_tokens,
             logprobs_mode="processed_logprobs",
@@ -63,6 +84,7 @@ class RolloutEngine:
             seed=seed & 0x7FFFFFFF,
             **current().engine_options(settings.memory_fraction, int(settings.cache_gib * 2**30), quantization),
         )
+        self._fresh = {name: tensor.cpu().clone() for name, tensor in self._unregistered().items()}
 
     def generate(
         self, prompts: Sequence[Prompt], samples: Sequence[int], temperature: float, run_seed: int, step: int
@@ -127,9 +149,22 @@ class RolloutEngine:
         """Of its weights, before they are quantized."""
         return self._model_config.dtype
 
+    def _unregistered(self) -> dict[str, torch.Tensor]:
+        [found] = self._llm.apply_model(lambda model: unregistered_tensors(model, current().device))
+        return found
+
+    def lost_tensors(self) -> list[str]:
+        """Names of the model's tensors beside its weights and buffers that are not as vLLM had made them.
+
+        vLLM's sleep drops them as it does the weights, but no sync sends them, and no digest covers them.
+        """
+        now = self._unregistered()
+        return [name for name, fresh in self._fresh.items() if name not in now or not now[name].cpu().equal(fresh)]
+
     def weights_changed(self) -> None:
         """To be told when parameters were written to: nothing that was computed with the old ones is used again."""
-        self._llm.reset_prefix_cache()
+        emptied = self._llm.reset_prefix_cache()
+        assert emptied, "a request is still running"
         self.weight_version += 1
 
     def fetch(self, part: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_sgopd.errors import Alarm
+from megatron_sgopd.errors import Alarm, some
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.digests import ALL_ROWS, Rows, digest_halves, digest_of
 from megatron_sgopd.models.weight_map import ParallelLayout, split_alike
@@ -95,4 +95,9 @@ def _compare(engine: RolloutEngine, digests: Mapping[str, int], received: Mappin
             f"weight sync {engine.weight_version}: {len(wrong)} of {len(digests)} tensors in the rollout engine "
             f"are not those of the trainer, first {wrong[0]!r}: rollouts would come from a wrong policy. "
             "Check the interconnect and the model's entry in the weight table."
+        )
+    if engine.weight_version == 1 and (lost := engine.lost_tensors()):
+        raise Alarm(
+            f"weight sync: tensors of vLLM's model that are no weights were lost while it slept ({some(lost)}): "
+            "rollouts would come from a wrong policy. Take the version of vLLM that requirements/cuda.txt pins."
         )

@@ -13,7 +13,11 @@ STUDENT = Path(__file__).parents[2] / "examples/arithmetic_cpu/models/student"
 
 
 def check_sync() -> None:
-    from megatron_sgopd.platform import gpu_memory, select
+    from functools import partial
+
+    from megatron_sgopd.platform import current, gpu_memory, select
+    from megatron_sgopd.platform.cpu import CpuPlatform
+    from megatron_sgopd.platform.cuda import CudaPlatform, reload_weights
 
     select("cpu")
     assert gpu_memory("auto") is None  # whatever stands in for torch.cuda says
@@ -31,18 +35,31 @@ def check_sync() -> None:
 
     dist.init_process_group("gloo")
     engine = RolloutEngine(STUDENT, RolloutSettings(max_new_tokens=24, cache_gib=0.1), 64, seed=1)
+    assert not [name for name in engine._unregistered() if not name.endswith("_scale_cpu")], "of which no sync knows"
+    planted = torch.arange(3.0)
+    engine._llm.apply_model(lambda model: setattr(model.model, "planted", [planted]))
+    engine._fresh = {name: tensor.clone() for name, tensor in engine._unregistered().items()}
+    assert "model.planted.0" in engine._fresh and engine.lost_tensors() == []
+    planted[1] = 0
     prompts = [Prompt(str(i), "", tuple(range(5 + i, 11 + i)), "", "", {}) for i in range(6)]
     model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
     weights = {name: tensor.float() for name, tensor in load_file(STUDENT / "model.safetensors").items()}
 
     # One kind of weight at a time, so that none can hide behind the others.
     generator = torch.Generator().manual_seed(0)
-    for kind in ("embed_tokens", "layernorm", "q_norm", "k_norm", "model.norm", "_proj"):
+    loads = (CpuPlatform.load_engine_weights, CudaPlatform.load_engine_weights)
+    for number, kind in enumerate(("embed_tokens", "layernorm", "q_norm", "k_norm", "model.norm", "_proj")):
+        # As on a CPU, and as on a GPU, where vLLM may have to quantize them: its own code for that runs here too.
+        current().load_engine_weights = partial(loads[number % 2], current())
         for name, tensor in weights.items():
             if kind in name:
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator) * tensor.std().clamp(min=0.1)
         version, rows = engine.weight_version, compared_rows(engine)
         digests = {name: tensor_digest(tensor, rows) for name, tensor in weights.items()}
+        if version == 0:
+            with pytest.raises(Alarm, match=r"lost while it slept \(.*model\.planted\.0"):
+                sync_weights(engine, iter(weights.items()), digests, rows)
+            version, planted[1] = 1, 1
         sync_weights(engine, iter(weights.items()), digests, rows)
         assert engine.weight_version == version + 1
         model.load_state_dict(weights, strict=False)
@@ -55,6 +72,7 @@ def check_sync() -> None:
                 gap = (torch.tensor(trajectory.behaviour_logprobs) - expected).abs().max()
                 assert gap < 1e-4, (kind, temperature, float(gap))
 
+    del current().load_engine_weights
     last = list(weights)[-1]
     for fault in ("stale", "missing", "unknown"):
         sent = dict(weights)
@@ -66,6 +84,8 @@ def check_sync() -> None:
             del digests[last]
         with pytest.raises(Alarm, match=last):
             sync_weights(engine, iter(sent.items()), digests, rows)
+    with pytest.raises(Alarm, match=r"got no weights and keep old ones \(RowParallelLinear\)"):
+        reload_weights(engine._llm, ((n, w) for n, w in weights.items() if not n.endswith("1.mlp.down_proj.weight")))
 
     # What is sampled depends on run seed, step, prompt and sample, not on who is sampled beside it.
     together = engine.generate(prompts, [2] * len(prompts), 1.0, run_seed=7, step=3)
