@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sgopd import __version__
+from megatron_sgopd import __version__, platform
 from megatron_sgopd.checkpoint.files import CONVERSION, Staging, model_digest, write_atomically
 from megatron_sgopd.checkpoint.locate import TRACKER, find_checkpoint
 from megatron_sgopd.checkpoint.model_folder import (
@@ -148,6 +148,7 @@ def _common_state(architecture: Architecture, rows: int) -> dict[str, Any]:
     """What Megatron keeps beside the weights: the arguments that `--use-checkpoint-args` takes over."""
     import argparse
 
+    platform.select("cpu")  # before Megatron is imported, where the proof will want it
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

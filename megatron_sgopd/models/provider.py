@@ -192,6 +192,7 @@ def transformer_config(
         defer_embedding_wgrad_compute=False,
         recompute_granularity=None,
         moe_layer_recompute=False,
+        moe_grouped_gemm=architecture.num_experts > 0 and platform.current().groups_experts,
         tp_comm_overlap=False,
         overlap_moe_expert_parallel_comm=False,
         delay_wgrad_compute=False,

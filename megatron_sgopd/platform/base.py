@@ -25,6 +25,10 @@ class Platform(abc.ABC):
     """Whether the teacher's rollout engine may live beside the student's in one process."""
     saves_in_background: ClassVar[bool]
     """Whether Megatron can save a checkpoint while training goes on."""
+    loads_distributed_optimizer: ClassVar[bool]
+    """Whether Megatron can load its distributed optimizer's state from a checkpoint."""
+    groups_experts: ClassVar[bool]
+    """Whether the experts of a layer are multiplied by at once."""
     planned_as: ClassVar[str]
     """The device of cluster/hardware.json whose layers and engine are this platform's."""
     one_long_row: ClassVar[bool]
@@ -98,6 +102,14 @@ class Platform(abc.ABC):
 
         Raises:
             ConfigError: this platform has no FP8.
+        """
+
+    @abc.abstractmethod
+    def check_training(self, precision: str) -> None:
+        """Check that layers work on this device, in `bf16` or `float32`, as a recipe calls them.
+
+        Raises:
+            ConfigError: they do not.
         """
 
     @abc.abstractmethod

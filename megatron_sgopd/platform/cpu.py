@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,9 @@ from megatron_sgopd.platform.base import Platform
 from megatron_sgopd.rollout.packing import context_columns
 
 CPU = torch.device("cpu")
+_KERNELS_OF_GPUS = ("transformer_engine", "apex", "amp_C")
+"""Packages whose kernels Megatron would take for tensors on the host, in norms, routers and optimizers, if they were
+installed: a conversion, say, runs on the CPU in the environment of a GPU."""
 
 
 class CpuPlatform(Platform):
@@ -32,6 +36,8 @@ class CpuPlatform(Platform):
     name = "cpu"
     several_engines = True
     saves_in_background = False
+    loads_distributed_optimizer = False  # torch's Adam has no state before its first step, which Megatron asserts
+    groups_experts = False
     planned_as = "cpu-core"
     one_long_row = False
     shares_prompts = True
@@ -61,6 +67,8 @@ class CpuPlatform(Platform):
     def install(self) -> None:
         for key, value in self.environment.items():
             os.environ.setdefault(key, value)
+        for package in _KERNELS_OF_GPUS:
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # so that importing it fails
         _keep_freed_memory()
         _redirect_devices()
         _replace_cuda_runtime()
@@ -118,6 +126,9 @@ class CpuPlatform(Platform):
         seen_BLS &= (response_BL[:, :, None] == response_BS[:, None, :]) | (response_BS == 0)[:, None, :]
         seen_BLS &= queries_BL[:, :, None] >= keys_BS[:, None, :]
         return {"attention_mask": ~seen_BLS[:, None], "packed_seq_params": None}
+
+    def check_training(self, precision: str) -> None:
+        """Either works."""
 
     def check_fp8(self, recipe: str) -> None:
         raise ConfigError(f"FP8 recipe {recipe} needs a GPU and Transformer Engine: leave it out on the CPU platform")

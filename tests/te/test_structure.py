@@ -83,6 +83,8 @@ def load_and_export(models: str) -> None:
             assert any(name.endswith("self_attention.linear_qkv.layer_norm_weight") for name in names), names
             assert any(name.endswith("mlp.linear_fc1.layer_norm_weight") for name in names) == dense, names
             assert any(name.endswith("_extra_state") for name in model.state_dict()), "FP8's state is no weight"
+            experts = {type(layer.mlp.experts).__name__ for layer in model.decoder.layers if not dense}
+            assert experts == (set() if dense else {"TEGroupedMLP"}), "each expert in turn"
             digests = shard_digests(model, architecture, groups)
             exported = dict(export_weights(model, architecture, groups, memory_bytes=1 << 20))
             original = load_file(folder / "model.safetensors")
