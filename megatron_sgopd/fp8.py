@@ -16,18 +16,15 @@ if TYPE_CHECKING:
     from megatron_sgopd.config import Recipe
     from megatron_sgopd.models.architecture import Architecture
 
-_AMAX_HISTORY = 1024
-"""Steps whose largest values `delayed` looks at; Megatron's default of one makes it jump."""
-_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+_MULTIPLE = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """Sizes of a product's operands that Transformer Engine multiplies in FP8; of blockwise those of a whole block."""
 _KINDS = {
-    "delayed": "delayed",
     "tensorwise": "float8_current_scaling",
     "blockwise": "float8_block_scaling",
     "mxfp8": "mxfp8",
 }
 """What Transformer Engine calls Megatron's recipes."""
-_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 """Least compute capability of a GPU that has the arithmetic."""
 
 
@@ -35,12 +32,9 @@ def training_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     """Megatron flag -> its value and the setting that it comes from."""
     fp8 = recipe.fp8
     on = fp8.format is not None
-    delayed = on and fp8.recipe == "delayed"
     return {
         "fp8-format": (fp8.format, "fp8.format"),
         "fp8-recipe": (fp8.recipe if on else None, "fp8.recipe"),
-        "fp8-amax-history-len": (_AMAX_HISTORY if delayed else None, "fp8.recipe"),
-        "fp8-amax-compute-algo": ("max" if delayed else None, "fp8.recipe"),
         "first-last-layers-bf16": (on and fp8.first_last_layers_bf16, "fp8.first_last_layers_bf16"),
     }
 
@@ -62,14 +56,8 @@ def check_fp8(recipe: Recipe, setup: Setup, student: Architecture, teacher: Arch
     Raises:
         ConfigError: naming the setting or size that does not fit.
     """
-    fp8 = recipe.fp8
     if recipe.platform == "cpu" and (asked := _asked(recipe)):
         raise ConfigError(f"{asked} needs a GPU and Transformer Engine, but platform is 'cpu': leave it out")
-    if fp8.format and fp8.first_last_layers_bf16 and fp8.recipe == "delayed":
-        raise ConfigError(
-            "fp8.first_last_layers_bf16 is not possible with fp8.recipe=delayed, whose scales span all layers: take "
-            "tensorwise or blockwise"
-        )
     check_fp8_layout(recipe, setup, student, teacher)
 
 
@@ -89,6 +77,8 @@ def check_fp8_layout(recipe: Recipe, setup: Setup, student: Architecture, teache
         check_sizes("fp8.teacher", student, setup.tensor, fp8.teacher)
         sequence = math.lcm(setup.teacher_tensor, setup.tensor) if setup.sequence else 1
         check_tokens("fp8.teacher", tokens, setup.context * sequence, fp8.teacher)
+    if fp8.rollouts == "per_block":  # vLLM pads the products of per_tensor
+        check_sizes("fp8.rollouts", student, setup.rollout_tensor, "blockwise")
 
 
 def _asked(recipe: Recipe) -> str | None:
@@ -142,7 +132,8 @@ def check_device(recipe: str, capability: tuple[int, int]) -> None:
         ConfigError: it has not, or it does not.
     """
     if recipe not in _CAPABILITY:
-        raise ConfigError(f"--fp8-recipe {recipe} is not supported: use one of {', '.join(_CAPABILITY)}")
+        why = ", whose scales Transformer Engine refuses to load from a checkpoint" if recipe == "delayed" else ""
+        raise ConfigError(f"--fp8-recipe {recipe}{why}, is not supported: use one of {', '.join(_CAPABILITY)}")
     if capability < _CAPABILITY[recipe]:
         raise ConfigError(
             f"FP8 recipe {recipe} needs compute capability {_CAPABILITY[recipe]}, and this GPU has {capability}: "

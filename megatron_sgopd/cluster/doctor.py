@@ -391,7 +391,7 @@ def one_token(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("generate", "yellow", "not tried: the engine wants several ranks (rollout.tensor_parallel)")
         return
     code = "import sys; from megatron_sgopd.cluster.one_token import main; sys.exit(main(*sys.argv[1:]))"
-    words = [recipe.model.path, recipe.platform, str(recipe.rollout.memory_fraction)]
+    words = [recipe.model.path, recipe.platform, str(recipe.rollout.memory_fraction), recipe.fp8.rollouts or ""]
     began = time.perf_counter()
     failed, printed = _run([sys.executable, "-c", code, *words], 900, _lone())
     if not failed:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def main(folder: str, platform: str, memory_fraction: str) -> int:
-    """0 if it did."""
+def main(folder: str, platform: str, memory_fraction: str, quantization: str) -> int:
+    """0 if it did. An empty `quantization` is none."""
     from megatron_sgopd.config import RolloutSettings
     from megatron_sgopd.platform import select
     from megatron_sgopd.processes import joined_ranks
@@ -14,6 +14,6 @@ def main(folder: str, platform: str, memory_fraction: str) -> int:
     select(platform)  # type: ignore[arg-type]  # one of a recipe's
     with joined_ranks():
         settings = RolloutSettings(max_new_tokens=1, cache_gib=0.1, memory_fraction=float(memory_fraction))
-        engine = RolloutEngine(folder, settings, 32, seed=0)
+        engine = RolloutEngine(folder, settings, 32, seed=0, quantization=quantization or None)
         (trajectory,) = engine.generate([Prompt("doctor", "", (1, 2, 3), "", "", {})], [1], 1.0, 0, 0)
     return 0 if len(trajectory.token_ids) == 1 else 1

@@ -35,7 +35,7 @@ def check(changes: list[str], student: Architecture, teacher: Architecture) -> N
     [
         ["fp8.format=hybrid"],
         ["fp8.format=e4m3", "fp8.recipe=blockwise", "fp8.teacher=blockwise", "fp8.rollouts=per_block"],
-        ["fp8.format=hybrid", "fp8.recipe=delayed", "parallel.tensor=8"],
+        ["fp8.format=hybrid", "parallel.tensor=8"],
         ["fp8.format=hybrid", "fp8.first_last_layers_bf16=true"],
     ],
 )
@@ -48,10 +48,6 @@ def test_what_can_run_is_accepted(models: tuple[Architecture, Architecture], cha
     [
         (["fp8.format=hybrid", "platform=cpu"], "fp8.format=hybrid needs a GPU and Transformer Engine"),
         (["fp8.rollouts=per_tensor", "platform=cpu"], "fp8.rollouts=per_tensor needs a GPU"),
-        (
-            ["fp8.format=hybrid", "fp8.recipe=delayed", "fp8.first_last_layers_bf16=true"],
-            "take tensorwise or blockwise",
-        ),
         (["fp8.format=hybrid", "train.row_tokens=4100"], "a multiple of 32 tokens, but .* is 4100: let it be 4128"),
         (["fp8.format=hybrid", "train.row_tokens=4112", "parallel.sequence=false", "fp8.recipe=blockwise"], "be 4224"),
         (["fp8.teacher=tensorwise", "train.row_tokens=4104"], "fp8.teacher .* a multiple of 64 tokens"),
@@ -71,7 +67,18 @@ def test_sizes_that_tensor_parallelism_leaves_too_odd_are_refused(tiny_models: d
         check(["fp8.format=hybrid", "parallel.tensor=4"], tiny, tiny)
 
 
-@pytest.mark.parametrize("setting", ["fp8.recipe=mxfp8", "fp8.teacher=delayed", "fp8.format=e5m2"])
+def test_sizes_that_vllm_cannot_cut_into_blocks_are_refused(tiny_models: dict[str, Path]) -> None:
+    tiny = read_architecture(tiny_models["qwen2"])  # 64 hidden units; per_tensor is padded by vLLM itself
+    check(["fp8.rollouts=per_tensor"], tiny, tiny)
+    with pytest.raises(
+        ConfigError, match=r"fp8.rollouts with recipe blockwise .* 128, .* size 4 hidden_size of .* is 64"
+    ):
+        check(["fp8.rollouts=per_block"], tiny, tiny)
+
+
+@pytest.mark.parametrize(
+    "setting", ["fp8.recipe=mxfp8", "fp8.recipe=delayed", "fp8.teacher=delayed", "fp8.format=e5m2"]
+)
 def test_names_that_do_not_fit_the_place_are_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0]):
         recipe(setting)
@@ -84,16 +91,20 @@ def test_a_gpu_without_the_arithmetic_is_refused() -> None:
         check_device("tensorwise", (8, 0))
 
 
-def test_a_transformer_engine_that_does_not_load_is_refused() -> None:
+def test_scales_that_no_checkpoint_gives_back_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"delayed, whose scales .* refuses to load from a checkpoint, .* tensorwise"):
+        check_device("delayed", (9, 0))
+
+
+def test_a_transformer_engine_that_does_not_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.fp8_utils.HAVE_TE", False)
     with pytest.raises(ConfigError, match="Transformer Engine, which Megatron could not import"):
         check_device("tensorwise", (9, 0))
 
 
-def test_delayed_scales_look_at_more_than_megatrons_one_step() -> None:
+def test_megatrons_own_default_is_never_left_to_it() -> None:
     flags: dict[str, Any] = {name: value for name, (value, _) in training_flags(recipe("fp8.format=hybrid")).items()}
-    assert flags["fp8-recipe"] == "tensorwise" and flags["fp8-amax-history-len"] is None
-    delayed = training_flags(recipe("fp8.format=hybrid", "fp8.recipe=delayed"))
-    assert delayed["fp8-amax-history-len"][0] == 1024 and delayed["fp8-amax-compute-algo"][0] == "max"
+    assert flags["fp8-recipe"] == "tensorwise"
 
 
 @pytest.mark.parametrize(
