@@ -9,15 +9,30 @@ SGOPD_MAX_ATTEMPTS=${SGOPD_MAX_ATTEMPTS:-4} # training: in a row without a new c
 set -uo pipefail
 trap : USR1 TERM # between the steps of this script there is nothing to stop
 srun_options=() in_env=() # for containers: options of srun, and what stands before the command
+
+# use_venv: takes the virtual environment SGOPD_VENV, else the one that was active when the job was submitted, else .venv.
+use_venv() {
+    SGOPD_VENV=${SGOPD_VENV:-${VIRTUAL_ENV:-$SLURM_SUBMIT_DIR/.venv}}
+    if [ ! -x "$SGOPD_VENV/bin/megatron-sgopd" ]; then
+        echo "$SGOPD_VENV has no megatron-sgopd: activate the environment before sbatch, or name it by SGOPD_VENV" >&2
+        return 2
+    fi
+    export PATH="$SGOPD_VENV/bin:$PATH"
+    software=$SGOPD_VENV
+}
+
 # shellcheck source=slurm/env/venv.sh
 source "$SLURM_SUBMIT_DIR/slurm/env/$SGOPD_ENV.sh" || exit 2
+# srun takes --cpus-per-task from nowhere else, and would bind a rank to one core.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} # else vLLM sets one thread for the whole rank
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node --oneliner "$first" | grep -oP '\bNodeAddr=\K\S+')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
-echo "=== attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -Is)"
+echo "=== attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -Is), software $software"
 
 # run COMMAND …: every task runs `megatron-sgopd COMMAND …`; a signal that asks to stop reaches them all. Sets code.
 run() {
