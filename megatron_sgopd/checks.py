@@ -18,9 +18,10 @@ from megatron_sgopd.imports import import_function
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.objective.methods import Method, method_from_settings
 from megatron_sgopd.platform import gpu_memory
+from megatron_sgopd.platform.cuda import check_precision
 from megatron_sgopd.rollout.bank import IDENTITY, BankIdentity, RolloutBank, check_identity
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
-from megatron_sgopd.rollout.teacher_rollouts import bank_folder, teacher_worker
+from megatron_sgopd.rollout.teacher_rollouts import bank_folder, teacher_engine, teacher_worker
 from megatron_sgopd.verify.base import resolve_verifier
 
 
@@ -219,6 +220,14 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
     parallel, train, rollout = recipe.parallel, recipe.train, recipe.rollout
     setup = setup_of(recipe)
     check_divides(setup, student, teacher, rollout.prompts_per_step * rollout.group_size)
+    if (recipe.teacher_rollouts.weight > 0 and recipe.teacher_rollouts.bank is None) or recipe.evaluate.teacher:
+        teacher.check_parallel(rollout.tensor_parallel, 1)
+        if (tensor := teacher_engine(recipe).tensor_parallel) != rollout.tensor_parallel:
+            raise ConfigError(
+                f"teacher_rollouts.tensor_parallel={tensor} is not rollout.tensor_parallel={rollout.tensor_parallel}, "
+                "and vLLM has one in a process: leave it out, or make the teacher's rollouts beforehand "
+                "(`megatron-sgopd teacher-rollouts`, teacher_rollouts.bank) and leave evaluate.teacher out"
+            )
     if recipe.sgopd.estimator == "full":
         check_full_estimator(student, teacher, setup.student.layout, setup.teacher.layout, setup.offload)
     check_context(setup.context, train.row_tokens, method_of(recipe))
@@ -229,6 +238,8 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
             f"teacher.tensor_parallel={setup.teacher_tensor}, each x parallel.context={setup.context}, which "
             f"parallel.sequence needs: let it be a multiple of {split}"
         )
+    if recipe.platform == "cuda" or gpu_memory(recipe.platform) is not None:
+        check_precision(train.precision)
     if train.warmup_steps >= train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
 

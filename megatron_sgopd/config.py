@@ -21,6 +21,8 @@ from pydantic.dataclasses import dataclass
 
 from megatron_sgopd.errors import ConfigError
 
+ALONE_MEMORY_FRACTION = 0.9
+"""Share of a GPU's memory for an engine that has it to itself; vLLM's own default."""
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -131,6 +133,10 @@ class TeacherRolloutSettings:
     fraction w of each group's slots."""
     samples: int = Field(default=4, ge=1)
     """Teacher rollouts of each prompt, before verification."""
+    tensor_parallel: int | None = Field(default=None, ge=1)
+    """Ranks that share one vLLM replica of the teacher; default: as rollout.tensor_parallel."""
+    memory_fraction: float = Field(default=ALONE_MEMORY_FRACTION, gt=0, lt=1)
+    """Share of the GPU's memory that the teacher's engine may take, which is alone there (CUDA)."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Sampling temperature of the teacher."""
     seed: int = 0
@@ -362,8 +368,9 @@ class Fp8RecipeSettings(Fp8Settings):
 
     format: Literal["hybrid", "e4m3"] | None = None
     """Of the student's matrix products in training; hybrid: gradients in E5M2. Unset: BF16."""
-    recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
-    """How the scales are found: from 1024 steps' largest values, from the tensor's own, or from those of its blocks."""
+    recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
+    """Where the scales come from: the largest value of the tensor, or of each of its blocks. Not `delayed`: its history
+    of largest values is pickled into checkpoints, which Transformer Engine then refuses to load."""
     first_last_layers_bf16: bool = False
     """The student's first and last layer stay in BF16 in training."""
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sgopd.config import Settings, parse_flags
-from megatron_sgopd.errors import Stopped
-from megatron_sgopd.platform import select
+from megatron_sgopd.errors import ConfigError, Stopped
+from megatron_sgopd.platform import current, select
 
 if TYPE_CHECKING:
     from megatron_sgopd.run import Run
@@ -36,6 +36,11 @@ def register() -> Settings:
     settings, rest = parse_flags(sys.argv[1:])
     sys.argv[1:] = [*select(settings.platform).megatron_flags, *rest]
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch would unpickle anything that is in a checkpoint
+    if "--async-save" in rest:
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+        # Megatron would fork its process once CUDA has started, and a fork outlives a rank that is killed.
+        get_write_results_queue("spawn")
 
     import megatron.core.datasets.utils as dataset_utils
     import megatron.training.training as training
@@ -79,6 +84,11 @@ class _Loop:
         args = get_args()
         if keywords.get("load_arg", "load") == "load" and args.load == args.save:
             self._saves.choose(Path(args.load))
+            if self._saves.newest and args.use_distributed_optimizer and not current().loads_distributed_optimizer:
+                raise ConfigError(
+                    "--use-distributed-optimizer: on this platform Megatron cannot load its state, so that the run "
+                    "cannot go on from its checkpoint: leave it out, and begin in another folder"
+                )
         return self._load_checkpoint(*arguments, **keywords)
 
     def save_checkpoint(self, iteration: int, *arguments: Any, **keywords: Any) -> None:

@@ -11,11 +11,12 @@ import yaml
 
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout, method_of
-from megatron_sgopd.cluster.hardware import device
-from megatron_sgopd.cluster.plan import Plan, planner_of, setup_of
+from megatron_sgopd.cluster.hardware import Device, device
+from megatron_sgopd.cluster.plan import Plan, planner_of, setup_of, teacher_engine_bytes
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_fp8, training_flags
+from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import parameter_count
 from megatron_sgopd.monitor.output import METRICS
@@ -34,6 +35,8 @@ _LAYOUT = frozenset(
         "teacher.expert_parallel",
         "teacher.offload",
         "rollout.tensor_parallel",
+        "teacher_rollouts.tensor_parallel",
+        "teacher_rollouts.memory_fraction",
         "train.rows_per_microbatch",
     }
     | {"rollout.memory_fraction", "rollout.cache_gib", "rollout.sync_bucket_mib", "sgopd.logprob_chunk_tokens"}
@@ -94,15 +97,19 @@ def check_recipe(recipe: Recipe) -> Inputs:
     return inputs
 
 
-def plan_here(recipe: Recipe, method: Method, planned_as: str) -> Plan:
-    """A recipe's own layout on this machine.
+def device_here(recipe: Recipe, planned_as: str) -> Device:
+    """This machine's device.
 
     Args:
         planned_as: the device of the table that is like it but for the memory.
     """
     like = device(planned_as)
-    kind = dataclasses.replace(like, memory=gpu_memory(recipe.platform) or like.memory)
-    return planner_of(recipe, method, kind).judge(setup_of(recipe))
+    return dataclasses.replace(like, memory=gpu_memory(recipe.platform) or like.memory)
+
+
+def plan_here(recipe: Recipe, method: Method, planned_as: str) -> Plan:
+    """A recipe's own layout on this machine, which is like `planned_as` (see `device_here`)."""
+    return planner_of(recipe, method, device_here(recipe, planned_as)).judge(setup_of(recipe))
 
 
 def check_memory(recipe: Recipe) -> None:
@@ -116,6 +123,16 @@ def check_memory(recipe: Recipe) -> None:
     plan = plan_here(recipe, method_of(recipe), CudaPlatform.planned_as)
     if plan.problems:
         raise ConfigError(f"{plan.worst_problem}. `megatron-sgopd plan` proposes layouts that fit")
+
+
+def check_teacher_memory(recipe: Recipe, teacher: Architecture) -> None:
+    """The teacher's engine fits this machine's GPUs when it is alone; nothing is said where there are none.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if gpu_memory(recipe.platform) is not None:
+        teacher_engine_bytes(recipe, teacher, device_here(recipe, CudaPlatform.planned_as))
 
 
 def check_run_dir(recipe: Recipe) -> None:

@@ -41,7 +41,7 @@ from megatron_sgopd.residency import Residency, Tenant
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptStream
 from megatron_sgopd.rollout.recording import Recording
-from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts
+from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts, teacher_engine
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
 from megatron_sgopd.stopping import StopRequest
 from megatron_sgopd.verify.stage import Verification
@@ -342,7 +342,7 @@ def _evaluate_teacher(
 
 
 def _teacher_engine(settings: Settings, args: Any) -> RolloutEngine:
-    return RolloutEngine(settings.teacher.path, settings.rollout, args.seq_length, args.seed)
+    return RolloutEngine(settings.teacher.path, teacher_engine(settings), args.seq_length, args.seed)
 
 
 def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:
@@ -427,6 +427,7 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
     for wrong, message in problems:
         if wrong:
             raise ConfigError(message)
+    current().check_training("bf16" if args.bf16 else "float32")
     if settings.fp8.teacher:
         current().check_fp8(settings.fp8.teacher)
     if args.fp8:

@@ -16,8 +16,10 @@ from megatron_sgopd.arguments import add_set
 from megatron_sgopd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_sgopd.cluster.hardware import Device
     from megatron_sgopd.cluster.plan import Plan
     from megatron_sgopd.cluster.times import Calibration
+    from megatron_sgopd.config import Recipe
 
 _GIB = 1 << 30
 _BEST = 3
@@ -128,6 +130,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(f"{arguments.recipe} on {ranks} x {gpu.name}, {planner.usable / _GIB:.1f} GiB of each usable")
         _show_own(judged, undivided)
         _show_best(best, misses)
+        if recipe.teacher_rollouts.end_step:
+            _show_teacher_engine(recipe, gpu)
         if calibration:
             said = ", ".join(f"{stage} x {factor:.3g}" for stage, factor in calibration.factors.items())
             print(f"Times are those of data sheets, corrected by {arguments.calibrate}: {said}")
@@ -218,6 +222,21 @@ def _show_best(best: list[Plan], misses: list[Plan]) -> None:
         setup = plan.setup
         student, teacher = f"{setup.tensor} x {setup.pipeline}", f"{setup.teacher_tensor} x {setup.teacher_pipeline}"
         print(f"  student {student}, teacher {teacher}, engine {setup.rollout_tensor}: {plan.worst_problem}")
+
+
+def _show_teacher_engine(recipe: Recipe, gpu: Device) -> None:
+    """What `megatron-sgopd teacher-rollouts` takes."""
+    from megatron_sgopd.cluster.plan import teacher_engine_bytes
+    from megatron_sgopd.models.architecture import read_architecture
+    from megatron_sgopd.rollout.teacher_rollouts import teacher_engine
+
+    try:
+        parts = teacher_engine_bytes(recipe, read_architecture(recipe.teacher.path, with_weights=False), gpu)
+    except ConfigError as error:
+        print(f"\nTeacher rollouts ahead of training do not fit: {error}")
+        return
+    ranks = teacher_engine(recipe).tensor_parallel
+    print(f"\nTeacher rollouts ahead of training: an engine takes {ranks} GPUs, {_parts(parts)} GiB of each")
 
 
 def _refusal(ranks: int, gpu: str, misses: list[Plan], nearest: Plan | None) -> str:

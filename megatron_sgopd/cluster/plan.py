@@ -23,6 +23,7 @@ from megatron_sgopd.models.provider import padded_vocab_size
 from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count, split_alike
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.rollout.packing import segment_multiple
+from megatron_sgopd.rollout.teacher_rollouts import teacher_engine
 
 _MOST_OF_MEMORY = 0.9
 """Share that the engine gets at most; vLLM's own default."""
@@ -35,7 +36,8 @@ _MENDS = {
     "train": "raise parallel.tensor, parallel.pipeline or parallel.context, lower train.rows_per_microbatch or "
     "train.row_tokens, set teacher.offload, megatron.use-distributed-optimizer, or "
     "megatron.recompute-granularity=full with megatron.recompute-method=uniform and megatron.recompute-num-layers=1",
-    "host": "raise teacher.tensor_parallel or teacher.pipeline_parallel, or leave teacher.offload out",
+    "host": "raise teacher.tensor_parallel or teacher.pipeline_parallel, leave teacher.offload out, or leave "
+    "megatron.dist-ckpt-optim-fully-reshardable out, by which a save gathers the optimizer's state on every rank",
 }
 
 
@@ -53,6 +55,8 @@ class Setup:
     """Every layer is computed again in the backward pass."""
     sequence: bool
     distributed_optimizer: bool
+    reshardable: bool
+    """Checkpoints of the distributed optimizer can be loaded in any layout."""
     teacher_tensor: int
     teacher_pipeline: int
     teacher_expert: int
@@ -149,6 +153,7 @@ def setup_of(recipe: Recipe, ranks: int | None = None) -> Setup:
         flags.get("recompute-granularity") == "full",
         parallel.sequence and parallel.tensor > 1,
         bool(flags.get("use-distributed-optimizer")),
+        bool(flags.get("dist-ckpt-optim-fully-reshardable")),
         teacher.tensor_parallel or parallel.tensor,
         teacher.pipeline_parallel or parallel.pipeline,
         teacher.expert_parallel,
@@ -243,6 +248,34 @@ def check_full_estimator(
         )
 
 
+def teacher_engine_bytes(recipe: Recipe, teacher: Architecture, device: Device) -> dict[str, int]:
+    """What lies in a GPU's memory while the teacher makes rollouts ahead of training, where nothing else is.
+
+    Raises:
+        ConfigError: its weights leave no room for a whole row's keys and values, or its heads do not divide.
+    """
+    settings, rollouts = teacher_engine(recipe), recipe.teacher_rollouts
+    teacher.check_parallel(settings.tensor_parallel, 1)
+    share = int(rollouts.memory_fraction * device.memory)
+
+    def fixed(tensor: int) -> int:
+        return parameter_count(teacher) * 2 // tensor + round(allowance("engine_awake_gib") * GIB)
+
+    def row(tensor: int) -> int:
+        return memory.cache_bytes_per_token(teacher) * recipe.train.row_tokens // tensor
+
+    tensor = settings.tensor_parallel
+    if fixed(tensor) + row(tensor) > share:
+        enough = [size for size in _SIZES if teacher.num_query_groups % size == 0 and fixed(size) + row(size) <= share]
+        mend = f"let teacher_rollouts.tensor_parallel be {enough[0]}" if enough else "take GPUs with more memory"
+        raise ConfigError(
+            f"the teacher's engine needs {_gib(fixed(tensor) + row(tensor))} on a GPU with "
+            f"teacher_rollouts.tensor_parallel={tensor}, and teacher_rollouts.memory_fraction="
+            f"{rollouts.memory_fraction:g} of {_gib(device.memory)} is {_gib(share)}: {mend}"
+        )
+    return {"engine": fixed(tensor), "cache": share - fixed(tensor)}
+
+
 def planner_of(
     recipe: Recipe,
     method: Method,
@@ -314,7 +347,7 @@ class Planner:
         missing = {
             name: total - self.usable for name, parts in phases.items() if (total := sum(parts.values())) > self.usable
         }
-        host = self._scorer_bytes(setup) * self._device.per_node if setup.offload else 0
+        host = self._host_bytes(setup) * self._device.per_node
         problems = {name: self._problem(name, phases[name]) for name in missing}
         if host > self._device.host_memory * self._device.per_node:
             node = self._device.host_memory * self._device.per_node
@@ -455,8 +488,13 @@ class Planner:
         """Their weights."""
         return {name: self._weights(name, spread.layout) for name, spread in self._spreads(setup).items()}
 
-    def _scorer_bytes(self, setup: Setup) -> int:
-        return sum(self._scorers(setup).values())
+    def _host_bytes(self, setup: Setup) -> int:
+        """Of a rank on the host, while a checkpoint is saved."""
+        offloaded = sum(self._scorers(setup).values()) if setup.offload else 0
+        if not (self._device.gpu and setup.distributed_optimizer and setup.reshardable):
+            return offloaded
+        # Each rank gathers the masters and both moments of its whole shard of the model, in float32.
+        return offloaded + self._state(setup.student.layout, 1).optimizer
 
     def _resident(self, setup: Setup) -> dict[str, int]:
         """What is there in all phases."""

@@ -20,16 +20,17 @@ from megatron_sgopd.checkpoint.files import CONVERSION, write_atomically
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader
 from megatron_sgopd.checks import check_task_scorers, load_tokenizer
-from megatron_sgopd.config import PromptSettings, Recipe, RolloutSettings, VerifySettings
+from megatron_sgopd.config import ALONE_MEMORY_FRACTION, PromptSettings, Recipe, RolloutSettings, VerifySettings
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.evaluation.benchmarks import benchmark_prompts
 from megatron_sgopd.evaluation.contamination import overlapping
 from megatron_sgopd.evaluation.heldout import EVALUATION_STEP
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores, together
 from megatron_sgopd.models.architecture import Architecture, read_architecture
-from megatron_sgopd.processes import is_first_rank
+from megatron_sgopd.processes import is_first_rank, launched_ranks
 from megatron_sgopd.recipe import RESOLVED, load_recipe
 from megatron_sgopd.rollout.bank import RolloutBank
+from megatron_sgopd.rollout.engine import replicas
 from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts, prompt_texts
 from megatron_sgopd.verify.base import resolve_verifier
@@ -51,6 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     ks = _ks(arguments.k, arguments.samples)
     recipe = _recipe(arguments)
     rollout, verify = _settings(arguments, recipe)
+    replicas(launched_ranks(), rollout.tensor_parallel)
     resolve_verifier(verify.verifier)
     sources = _sources(arguments, recipe)
     architecture = _architecture(arguments)
@@ -97,6 +99,7 @@ def _settings(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Rol
     """The recipe's, changed by what the command says."""
     rollout, verify = (recipe.rollout, recipe.verify) if recipe else (RolloutSettings(), VerifySettings())
     wanted: dict[str, Any] = {
+        "memory_fraction": ALONE_MEMORY_FRACTION,
         "max_new_tokens": arguments.max_new_tokens,
         "tensor_parallel": arguments.tensor_parallel,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,15 @@ def _noise_floor(arguments: argparse.Namespace) -> int:
 
 def _sampled(recipe: Recipe, inputs: Any, prompts: list[Prompt], arguments: argparse.Namespace) -> list[Response]:
     """One response of the student to each prompt; those that are there already are taken."""
+    from megatron_sgopd.config import ALONE_MEMORY_FRACTION
     from megatron_sgopd.precision.noise_floor import Response
     from megatron_sgopd.rollout.bank import RolloutBank
     from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill
 
     sampling = Sampling(1, recipe.rollout.temperature, arguments.seed, _STEP)
     row_tokens, platform = recipe.train.row_tokens, recipe.platform
-    worker = Worker(recipe.model.path, inputs.tokenizer, sampling, recipe.rollout, recipe.verify, row_tokens, platform)
+    rollout = replace(recipe.rollout, tensor_parallel=1, memory_fraction=ALONE_MEMORY_FRACTION)
+    worker = Worker(recipe.model.path, inputs.tokenizer, sampling, rollout, recipe.verify, row_tokens, platform)
     folder = arguments.out / "rollouts"
     work = Work(folder, worker.identity(inputs.train), prompts)
     fill([work], "noise-floor-0", worker, arguments.out / "noise_floor.log")

@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
 
 def _teacher_rollouts(arguments: argparse.Namespace) -> int:
     from megatron_sgopd.checks import check_inputs
-    from megatron_sgopd.recipe import load_recipe
+    from megatron_sgopd.recipe import check_teacher_memory, load_recipe
     from megatron_sgopd.rollout.filling import Work, fill
     from megatron_sgopd.rollout.teacher_rollouts import teacher_worker
 
@@ -53,6 +53,7 @@ def _teacher_rollouts(arguments: argparse.Namespace) -> int:
     # The bank is what is made here, so it is not checked as an input.
     unbanked = replace(recipe, teacher_rollouts=replace(recipe.teacher_rollouts, weight=0.0))
     inputs = check_inputs(unbanked, recipe.train.row_tokens)
+    check_teacher_memory(recipe, inputs.teacher)
     mine = _wanted(recipe, inputs.train, arguments.all)[index - 1 :: shards]
     worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens)
     name = f"shards_{shards}-{index}"

@@ -20,9 +20,9 @@ from megatron_sgopd.checkpoint.files import model_digest
 from megatron_sgopd.config import RolloutSettings, VerifySettings
 from megatron_sgopd.monitor.output import libraries_write_to
 from megatron_sgopd.platform import select
-from megatron_sgopd.processes import joined_ranks
+from megatron_sgopd.processes import joined_ranks, launched_ranks
 from megatron_sgopd.rollout.bank import BankIdentity, BankWriter, RolloutBank, StoredRollout, writing
-from megatron_sgopd.rollout.engine import RolloutEngine
+from megatron_sgopd.rollout.engine import RolloutEngine, replicas
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet
 from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank
 from megatron_sgopd.verify.base import VerifierResult
@@ -53,10 +53,21 @@ class Worker:
     tokenizer: Any
     sampling: Sampling
     rollout: RolloutSettings
+    """Of an engine that has its devices to itself."""
     verify: VerifySettings
     context_tokens: int
     """That a prompt and its response must fit."""
     platform: Any = "auto"
+    tensor_parallel_setting: str = "rollout.tensor_parallel"
+    """Where `rollout.tensor_parallel` comes from."""
+
+    def check_ranks(self) -> None:
+        """Check that the ranks that were started together form whole replicas of the engine.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        replicas(launched_ranks(), self.rollout.tensor_parallel, self.tensor_parallel_setting)
 
     def identity(self, prompts: PromptSet) -> BankIdentity:
         """What the rollouts of this worker have in common."""
@@ -91,8 +102,9 @@ def fill(works: Sequence[Work], name: str, worker: Worker, log: Path) -> None:
         log: receives what libraries print.
 
     Raises:
-        ConfigError: a bank is another one, or another process does the same.
+        ConfigError: a bank is another one, another process does the same, or the ranks form no whole replicas.
     """
+    worker.check_ranks()
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(libraries_write_to(log))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sgopd.config import Settings, TeacherRolloutSettings
+from megatron_sgopd.config import RolloutSettings, Settings, TeacherRolloutSettings
 from megatron_sgopd.objective.imitation import teacher_slots
 from megatron_sgopd.objective.schedule import TeacherSchedule
 from megatron_sgopd.platform import current
@@ -43,11 +44,24 @@ def teacher_sampling(settings: TeacherRolloutSettings) -> Sampling:
     return Sampling(settings.samples, settings.temperature, settings.seed, TEACHER_STEP)
 
 
+def teacher_engine(settings: Settings) -> RolloutSettings:
+    """The settings of the teacher's engine: the student's, but for what depends on its size."""
+    own = settings.teacher_rollouts
+    tensor = own.tensor_parallel or settings.rollout.tensor_parallel
+    return dataclasses.replace(settings.rollout, tensor_parallel=tensor, memory_fraction=own.memory_fraction)
+
+
 def teacher_worker(settings: Settings, tokenizer: Any, row_tokens: int) -> Worker:
     """The teacher, answering as the settings say."""
-    sampling = teacher_sampling(settings.teacher_rollouts)
     return Worker(
-        settings.teacher.path, tokenizer, sampling, settings.rollout, settings.verify, row_tokens, settings.platform
+        settings.teacher.path,
+        tokenizer,
+        teacher_sampling(settings.teacher_rollouts),
+        teacher_engine(settings),
+        settings.verify,
+        row_tokens,
+        settings.platform,
+        "teacher_rollouts.tensor_parallel",
     )
 
 

@@ -153,6 +153,10 @@ BAD = {
         lambda tmp: [*TAUGHT, f"teacher_rollouts.bank={bank(tmp / 'bank')}"],
         "has 0 rollouts and none that was approved, but teacher_rollouts.weight=0.5",
     ),
+    "a teacher's engine of another split than the student's": (
+        lambda tmp: [*TAUGHT, "teacher_rollouts.tensor_parallel=2"],
+        "teacher_rollouts.tensor_parallel=2 is not rollout.tensor_parallel=1, and vLLM has one in a process",
+    ),
     "replay folder without the step": (lambda tmp: [f"logging.replay={tmp}"], "step_000000.json"),
 }
 
@@ -170,6 +174,24 @@ def test_run_folder_of_another_recipe_is_refused(main_run: Finished, capsys: pyt
     message = refusal(capsys, main_run.folder, "train.steps=12")
     assert "belongs to a run with" in message
     assert (main_run.folder / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["teacher-rollouts", "--all", "--bank=DIR", "--set=teacher_rollouts.tensor_parallel=4"], "teacher_rollouts"),
+        (["teacher-rollouts", "--all", "--bank=DIR", "--set=rollout.tensor_parallel=4"], "teacher_rollouts"),
+        (["eval", "--out=DIR", "--tensor-parallel=4"], "rollout"),
+    ],
+)
+def test_an_engine_of_more_ranks_than_there_are_is_refused(
+    command: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], main_run: Finished
+):
+    name, *options = (word.replace("DIR", str(tmp_path / "out")) for word in command)
+    assert main([name, str(RECIPE if name == "teacher-rollouts" else main_run.folder), *options]) == 2
+    message = capsys.readouterr().err
+    assert f"{said}.tensor_parallel=4 does not divide the number of ranks, which is 1: start 4 or a multiple" in message
+    assert not (tmp_path / "out").exists(), "also before a checkpoint is converted"
 
 
 def test_the_command_itself_exits_with_two(tmp_path: Path):

@@ -13,7 +13,7 @@ import pytest
 from megatron_sgopd.cli import main
 from megatron_sgopd.cluster import memory, times
 from megatron_sgopd.cluster.hardware import device
-from megatron_sgopd.cluster.plan import check_divides, setup_of
+from megatron_sgopd.cluster.plan import check_divides, setup_of, teacher_engine_bytes
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.weight_map import ParallelLayout, parameter_count
@@ -277,3 +277,19 @@ def test_settings_that_do_not_fit_are_named_with_the_mend(capsys: pytest.Capture
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(LLAMA / "recipe.yaml"), "--gpu=h100"]) == 2
     assert "use one of h100-80g" in capsys.readouterr().err
+
+
+def test_a_teachers_own_engine_fits_or_the_mend_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = read_architecture(LLAMA / "configs/teacher", with_weights=False)
+    parts = teacher_engine_bytes(load_recipe(LLAMA / "recipe.yaml"), teacher, H100)
+    assert parts["engine"] == parameter_count(teacher) * 2 // 4 + 4 * 2**30
+    assert sum(parts.values()) == int(0.9 * H100.memory)
+    # As when rollout.memory_fraction counted, which leaves the student's engine beside the trainer.
+    for change, mend in (("memory_fraction=0.28", 8), ("tensor_parallel=1", 2)):
+        with pytest.raises(ConfigError, match=f"let teacher_rollouts.tensor_parallel be {mend}$"):
+            teacher_engine_bytes(load_recipe(LLAMA / "recipe.yaml", [f"teacher_rollouts.{change}"]), teacher, H100)
+    folders = [
+        f"--set={name}.path={LLAMA}/configs/{part}" for name, part in (("model", "student"), ("teacher", "teacher"))
+    ]
+    assert main(["plan", str(LLAMA / "recipe.yaml"), *folders]) == 0
+    assert "Teacher rollouts ahead of training: an engine takes 4 GPUs" in capsys.readouterr().out

@@ -135,3 +135,34 @@ def test_a_daemon_that_holds_the_stop_signals_back_does_not_keep_its_rank(tmp_pa
     started = time.monotonic()
     subprocess.run([sys.executable, str(tmp_path / "rank.py")], check=True, timeout=100)
     assert time.monotonic() - started < 40  # libraries load for some seconds; without an end to it, the daemon's 60
+
+
+SAVES = """\
+import os, sys, time
+
+from megatron_sgopd import register
+from megatron_sgopd.processes import begin_rank, end_with_rank
+
+if __name__ == "__main__":
+    begin_rank()
+    register()
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue("fork")  # as Megatron does when it starts
+    print("ready", flush=True)
+    time.sleep(60)
+end_with_rank()
+"""
+
+
+def test_what_saves_in_the_background_ends_with_a_rank_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(SAVES)
+    words = [sys.executable, str(script), "--async-save", "--sgopd-platform=cpu", "--sgopd-model-path=x"]
+    words += ["--sgopd-teacher-path=x", "--sgopd-data-train-source=x"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as rank:
+        assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+        children = psutil.Process(rank.pid).children()
+        assert any("spawn" in " ".join(child.cmdline()) for child in children), "forked once CUDA has started"
+        rank.kill()
+    assert psutil.wait_procs(children, timeout=20)[1] == []
