@@ -1,4 +1,4 @@
-.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu lint bench bench-peers setup setup-gpu models compare
+.PHONY: demo test test-long test-checkpoints test-browser test-slurm slurm-deps test-te test-gpu-stack test-gpu lint bench bench-peers setup setup-gpu models compare
 
 demo: setup  ## teach a small student arithmetic on this machine's CPU
 	.venv/bin/megatron-sgopd train examples/arithmetic_cpu/recipe.yaml --set run_dir=runs/demo
@@ -24,12 +24,18 @@ slurm-deps:  ## Debian's Slurm and shellcheck, for test-slurm
 	apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge shellcheck
 
 test-te: setup .te/requirements.txt  ## models of Transformer Engine's layers, without a GPU: structure, no numerics
-	PYTHONPATH=.te OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/te
+	PYTHONPATH=.te OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/te \
+		tests/contract/test_cuda_defaults.py::test_what_is_relied_on_still_stands_there
 
 .%/requirements.txt: requirements/%.txt | setup  # beside .venv, since all else must not see it
 	rm -rf .$* .$*.part
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --target .$*.part --requirements requirements/$*.txt
 	cp requirements/$*.txt .$*.part/requirements.txt && mv .$*.part .$* && touch .$*/requirements.txt
+
+test-gpu-stack: setup-gpu  ## the stack of GPUs without one: imported, asked for every recipe, and what of the tests a CPU can run
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/unit tests/contract tests/checkpoints tests/te/test_beside_local_layers.py
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/e2e/test_readmes.py tests/e2e/test_recipes.py \
+		-m "long or not long" -k "command or job or whole_recipe"
 
 test-gpu: setup-gpu  ## everything that takes a GPU; nothing of it has been run yet
 	.venv-cuda/bin/python -m pytest tests/gpu -m "long or not long"
@@ -60,5 +66,5 @@ models: setup  ## train the examples' teachers and students again
 setup:  ## .venv with everything pinned; does nothing if it is current
 	@tools/setup.sh
 
-setup-gpu:  ## .venv-cuda with everything pinned and Transformer Engine compiled; needs a CUDA toolkit, not run yet
+setup-gpu:  ## .venv-cuda with everything pinned and Transformer Engine compiled; needs a CUDA toolkit, and no GPU
 	@tools/setup.sh cuda

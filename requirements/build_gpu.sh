@@ -3,7 +3,7 @@
 # requirements/build_gpu.sh --check VENV                   (only says whether it can work)
 #
 # Compiles what has no wheels, for the torch that is in VENV: Transformer Engine's module for torch, as pinned in
-# cuda.txt (half an hour with one job; MAX_JOBS sets them), and Apex, if its sources are given. Not run to the end yet.
+# cuda.txt (a quarter of an hour on two cores; MAX_JOBS sets the jobs), and Apex, if its sources are given (not run yet).
 set -euo pipefail
 check=no
 if [ "${1:-}" = --check ]; then

@@ -188,7 +188,7 @@ def kernels() -> Iterator[Finding]:
         level: Level = "red" if needed else "green"
         mend = ": needed on a GPU, run `make setup-gpu`" if needed else ", and not needed without a GPU"
         yield Finding("kernels", level, f"Transformer Engine is not installed{mend}")
-    elif needed:
+    else:
         code, printed = _run([sys.executable, "-c", "import torch, transformer_engine.pytorch"], 120)
         said = "loads" if code == 0 else f"does not load ({_last(printed)}): run requirements/build_gpu.sh"
         yield Finding("kernels", "green" if code == 0 else "red", f"Transformer Engine {said}")

@@ -308,9 +308,19 @@ def _adapt_megatron() -> None:
 
 
 def _adapt_vllm() -> None:
-    """Called when an engine is built: a process without one is spared the seconds that importing vLLM takes."""
-    from vllm import _custom_ops
+    """Called when an engine is built: a process without one is spared the seconds that importing vLLM takes.
 
+    Raises:
+        ConfigError: it is the vLLM for GPUs.
+    """
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            "vLLM is installed for GPUs here, and none is seen: run this where there is one, or in the environment of "
+            "`make setup`"
+        )
     # Else linear layers multiply by packed copies of their weights, to be made anew at each sync.
     _custom_ops._supports_onednn = False
 

@@ -110,7 +110,7 @@ TABLE = {
     ),
     "Adam: Transformer Engine's, else Apex', else torch's": (
         "megatron/core/optimizer/__init__.py",
-        r"transformer_engine\.pytorch\.optimizers import FusedAdam as Adam.*apex\.optimizers.*USING_PYTORCH_OPTIMIZER = True",
+        r"transformer_engine\.pytorch\.optimizers import FusedAdam as Adam.*apex\.optimizers.*USING_PYTORCH_OPTIM",
     ),
     "a distributed optimizer of torch's Adam wants a step before it loads": (
         "megatron/core/optimizer/distrib_optimizer.py",

