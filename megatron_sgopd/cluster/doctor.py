@@ -150,7 +150,9 @@ def gpus() -> Iterator[Finding]:
     count = torch.cuda.device_count()
     if not count:
         said = f"none; {len(os.sched_getaffinity(0))} CPU cores, torch built for CUDA {torch.version.cuda}"
-        yield Finding("gpus", "green", f"{said}: runs take the CPU platform")
+        for_gpus = _version("vllm") is not None
+        mend = "vLLM is installed for GPUs, run this on a compute node" if for_gpus else "runs take the CPU platform"
+        yield Finding("gpus", "yellow" if for_gpus else "green", f"{said}: {mend}")
         return
     for number in range(count):
         properties = torch.cuda.get_device_properties(number)
@@ -226,6 +228,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 ones = torch.full((1 << 20,), rank + 1.0)
 dist.all_reduce(ones)
+dist.destroy_process_group()  # or its threads may end the process with an error
 sys.exit(0 if bool((ones == 3).all()) else 3)
 """
 

@@ -13,7 +13,7 @@ from megatron_sgopd.monitor.output import EXIT_STOPPED
 
 from ..commands import set_words
 from ..e2e.conftest import RECIPE, REPOSITORY, SMALL, Finished, start
-from ..slurm.cluster import wait_until
+from ..e2e.test_run import wait_for_step
 from .conftest import SHORT, Where, layout, replay, run
 
 NUMBERS = ("loss", "grad_norm", "reverse_kl")
@@ -140,7 +140,7 @@ def stop_and_go_on(where: Where, folder: Path, changes: dict[str, Any]) -> None:
     """A run that is stopped after its first steps goes on to its last, from a checkpoint."""
     changes = layout() | SHORT | where.settings | {"checkpoint.every": 1, "train.steps": 12} | changes
     process = start(folder, changes)
-    wait_until(lambda: (folder / "metrics.jsonl").is_file(), 600)
+    wait_for_step(folder, 2, process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=300) in (0, EXIT_STOPPED)
     agree(run(where, folder, changes), where, steps=12)

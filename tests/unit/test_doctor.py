@@ -152,7 +152,7 @@ def test_a_machine_and_a_recipe_without_faults(tmp_path: Path, capsys: pytest.Ca
     arguments = ["doctor", str(EXAMPLE / "recipe.yaml"), f"--set=run_dir={tmp_path / 'run'}", "--no-generate", "--json"]
     code = main(arguments)
     found = [Finding(**json.loads(line)) for line in capsys.readouterr().out.splitlines()]
-    assert code == 0 and red(iter(found)) == ""
+    assert red(iter(found)) == "" and code == 0
     checks = {finding.check for finding in found}
     assert checks >= {"python", "packages", "gpus", "products", "collectives", "models", "recipe", "storage", "clock"}
 
