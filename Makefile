@@ -34,8 +34,8 @@ test-te: setup .te/requirements.txt  ## models of Transformer Engine's layers, w
 
 test-gpu-stack: setup-gpu  ## the stack of GPUs without one: imported, asked for every recipe, and what of the tests a CPU can run
 	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/unit tests/contract tests/checkpoints tests/te/test_beside_local_layers.py
-	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/e2e/test_readmes.py tests/e2e/test_recipes.py \
-		-m "long or not long" -k "command or job or whole_recipe"
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/unit/test_imports.py tests/e2e/test_readmes.py \
+		tests/e2e/test_recipes.py -m "long or not long" -k "imported or command or job or whole_recipe"
 
 test-gpu: setup-gpu  ## everything that takes a GPU; nothing of it has been run yet
 	.venv-cuda/bin/python -m pytest tests/gpu -m "long or not long"

@@ -76,8 +76,8 @@ def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float])
     for name in known:
         if not math.isfinite(metrics.get(name, 0.0)):
             raise Alarm(
-                f"step {step}: {name} is {metrics[name]}: lower train.learning_rate, or set train.clip_grad and "
-                "train.precision=float32 to find where it starts"
+                f"step {step}: {name} is {metrics[name]}: lower train.learning_rate, or set train.clip_grad; `report` "
+                "shows the steps before"
             )
     if metrics["logprob_gap"] > settings.logprob_gap:
         raise Alarm(

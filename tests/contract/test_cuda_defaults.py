@@ -7,7 +7,6 @@ object can be asked is asked. Transformer Engine's rows need it installed: `make
 
 import importlib.util
 import logging
-import os
 import pickle
 import re
 import subprocess
@@ -234,20 +233,19 @@ from megatron_sgopd.platform import select
 select("cpu")
 from megatron.training.arguments import add_megatron_arguments
 import argparse
-print(vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(sys.argv[1:])))
+parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+for flags in ([], sys.argv[1:]):
+    print(vars(parser.parse_args(flags)))
 """
 
 
 @pytest.fixture(scope="module")
 def parsed() -> list[str]:
     """What Megatron's own parser makes of no flags, and of the CUDA platform's."""
-    said = []
-    for flags in ([], CudaPlatform.megatron_flags):
-        words = [sys.executable, "-c", PARSE, *flags]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    return said
+    words = [sys.executable, "-c", PARSE, *CudaPlatform.megatron_flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(

