@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from megatron_sgopd.cluster import memory, times
 from megatron_sgopd.cluster.hardware import GIB, Device, allowance
 from megatron_sgopd.cluster.times import Calibration, Spread, Workload
-from megatron_sgopd.config import Recipe
+from megatron_sgopd.config import ALONE_MEMORY_FRACTION, Recipe
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_fp8_layout
 from megatron_sgopd.models.architecture import Architecture, read_architecture
@@ -25,8 +25,6 @@ from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.rollout.packing import segment_multiple
 from megatron_sgopd.rollout.teacher_rollouts import teacher_engine
 
-_MOST_OF_MEMORY = 0.9
-"""Share that the engine gets at most; vLLM's own default."""
 _SIZES = (1, 2, 4, 8, 16)
 _MENDS = {
     "generate": "raise rollout.tensor_parallel, or set teacher.offload",
@@ -456,7 +454,7 @@ class Planner:
         if not self._device.gpu:
             return setup
         room = self.usable - sum(self._resident(setup).values())
-        share = math.floor(100 * min(room / self._device.memory, _MOST_OF_MEMORY)) / 100
+        share = math.floor(100 * min(room / self._device.memory, ALONE_MEMORY_FRACTION)) / 100
         return replace(setup, memory_fraction=max(0.01, share))
 
     # ---- Memory -----------------------------------------------------------------------------------------
