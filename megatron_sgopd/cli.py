@@ -26,7 +26,14 @@ from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
 from megatron_sgopd.precision.command import add_command as add_noise_floor
-from megatron_sgopd.processes import STOP_SIGNALS, adopt_slurm_ranks, die_with_parent, end_with_rank, hold_stop_signals
+from megatron_sgopd.processes import (
+    SAFE_PATH,
+    STOP_SIGNALS,
+    adopt_slurm_ranks,
+    die_with_parent,
+    end_with_rank,
+    hold_stop_signals,
+)
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
@@ -160,7 +167,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
     for stale in logs.glob("*.error"):
         stale.unlink()
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *_LOCAL]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *_LOCAL]
     command += [f"--shutdown-timeout={_LONGEST_STOP}", f"--signals-to-handle={','.join(s.name for s in STOP_SIGNALS)}"]
     with (logs / "launcher.log").open("w") as launcher_log:
         process = subprocess.Popen(
@@ -168,7 +175,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
             stderr=launcher_log,
             start_new_session=True,  # Ctrl-C reaches every process of a session's terminal; it is to be handed on once
             preexec_fn=die_with_parent,
-            env={"OMP_NUM_THREADS": threads, **os.environ, **_LOCAL_ENVIRONMENT},
+            env={"OMP_NUM_THREADS": threads, **os.environ, **_LOCAL_ENVIRONMENT, **SAFE_PATH},
         )
         code = _wait_handing_signals_on(process)
     if code == 0:

@@ -9,7 +9,6 @@ when it is whole, and only a whole one is loaded.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -35,7 +34,6 @@ def register() -> Settings:
     """
     settings, rest = parse_flags(sys.argv[1:])
     sys.argv[1:] = [*select(settings.platform).megatron_flags, *rest]
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch would unpickle anything that is in a checkpoint
     if "--async-save" in rest:
         from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
@@ -64,9 +62,11 @@ class _Loop:
     """Three functions of Megatron's loop, each with what SG-OPD does before and after it."""
 
     def __init__(self, settings: Settings, training: Any) -> None:
+        from megatron_sgopd.checkpoint.restricted import restrict_metadata
         from megatron_sgopd.checkpoint.saving import Saves
         from megatron_sgopd.stopping import StopRequest
 
+        restrict_metadata()
         self._settings = settings
         self._train_step = training.train_step
         self._save_checkpoint = training.save_checkpoint

@@ -19,6 +19,8 @@ from megatron_sgopd.errors import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Environment of processes that are started: they import nothing from the folder that the user happens to be in."""
 _PR_SET_PDEATHSIG = 1
 _RANK_PID = "SGOPD_RANK_PID"
 _FIRST_PARENT = os.getppid()

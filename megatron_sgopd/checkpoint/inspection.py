@@ -12,6 +12,7 @@ import torch
 from megatron_sgopd.checkpoint.files import CONVERSION
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
 from megatron_sgopd.checkpoint.model_folder import DTYPE_NAMES
+from megatron_sgopd.checkpoint.restricted import explaining_objects
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader, compare_keys
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
@@ -65,7 +66,8 @@ def _inspect_checkpoint(path: Path, step: int | None, like: Path | None) -> dict
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     reader = CheckpointReader(find_checkpoint(path, step))
-    common = load_common_state_dict(str(reader.folder))
+    with explaining_objects(reader.folder):
+        common = load_common_state_dict(str(reader.folder))
     arguments = vars(common["args"]) if "args" in common else {}
     weights = reader.weights()
     report = {

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_sgopd.checkpoint.completeness import TRACKER, step_folder
 from megatron_sgopd.checkpoint.files import CONVERSION
-from megatron_sgopd.checkpoint.torch_dist import METADATA
+from megatron_sgopd.checkpoint.restricted import METADATA
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.recipe import RESOLVED
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_sgopd.checkpoint.restricted import explaining_objects
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.digests import tensor_digest
@@ -218,7 +219,8 @@ def _megatron_model(architecture: Architecture, reader: CheckpointReader) -> Ite
     if architecture.num_layers == reader.num_layers():
         # By Megatron's own loading, which knows nothing of our table.
         metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
-        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(reader.folder))
+        with explaining_objects(reader.folder):
+            state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(reader.folder))
         model.load_state_dict(state["model"])
     else:
         fill_whole_model(model, architecture, groups, reader.fill)

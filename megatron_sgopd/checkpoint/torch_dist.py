@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -35,11 +34,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sgopd.checkpoint.files import PieceWriter, sync_path, write_atomically
+from megatron_sgopd.checkpoint.restricted import METADATA, load_metadata, restrict_metadata
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.weight_map import Chunk, Parameter, owned_parameters
 
-METADATA = ".metadata"
 FORMAT = "metadata.json"
 """Megatron's mark of a distributed checkpoint."""
 COMMON_STATE = "common_state/shard_0_1"
@@ -63,6 +62,7 @@ class CheckpointReader:
         Raises:
             ConfigError: it is no complete `torch_dist` checkpoint.
         """
+        restrict_metadata()
         self.folder = folder
         self._storage = _Storage(folder)
         metadata = self._storage.read_metadata()
@@ -199,8 +199,7 @@ def _spans(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
 
 
 class _Storage(FileSystemReader):
-    """Torch's reader, but its metadata, a pickle, may name nothing but the classes of such metadata, and blocks are
-    views of mapped files: torch's own way copies each byte three times."""
+    """Torch's reader, but blocks are views of mapped files: torch's own way copies each byte three times."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -224,57 +223,6 @@ class _Storage(FileSystemReader):
         flat = torch.frombuffer(mapped, dtype=fake.dtype, count=count, offset=offset)
         block = flat.as_strided(fake.shape, fake.stride(), fake.storage_offset())
         return block[_spans(item.storage_offsets, item.lengths)]
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / METADATA
-        try:
-            metadata = load_metadata(path.read_bytes())
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-            raise ConfigError(f"{path} cannot be read as the metadata of a torch_dist checkpoint: {error}") from error
-        if not isinstance(metadata, Metadata):
-            raise ConfigError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        return metadata
-
-
-_HARMLESS = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.distributed.checkpoint.storage": {"WriteResult"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _HARMLESS.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
-        return super().find_class(module, name)
-
-
-def load_metadata(data: bytes) -> Any:
-    """Unpickle a checkpoint's metadata, or results of writing. Raises UnpicklingError at any other class."""
-    return _MetadataUnpickler(io.BytesIO(data)).load()
 
 
 # ---- Writing --------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def kernels() -> Iterator[Finding]:
         mend = ": needed on a GPU, run `make setup-gpu`" if needed else ", and not needed without a GPU"
         yield Finding("kernels", level, f"Transformer Engine is not installed{mend}")
     else:
-        code, printed = _run([sys.executable, "-c", "import torch, transformer_engine.pytorch"], 120)
+        code, printed = _run([sys.executable, "-P", "-c", "import torch, transformer_engine.pytorch"], 120)
         said = "loads" if code == 0 else f"does not load ({_last(printed)}): run requirements/build_gpu.sh"
         yield Finding("kernels", "green" if code == 0 else "red", f"Transformer Engine {said}")
     for name, worth in APEX_KERNELS.items():
@@ -236,7 +236,7 @@ sys.exit(0 if bool((ones == 3).all()) else 3)
 def collectives() -> Iterator[Finding]:
     """Two processes on this machine add up a tensor."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", _ALL_REDUCE]
+        command = [sys.executable, "-P", "-c", _ALL_REDUCE]
         environment = _lone()
         pair = [
             subprocess.Popen(
@@ -396,7 +396,7 @@ def one_token(recipe: Recipe) -> Iterator[Finding]:
     code = "import sys; from megatron_sgopd.cluster.one_token import main; sys.exit(main(*sys.argv[1:]))"
     words = [recipe.model.path, recipe.platform, str(recipe.rollout.memory_fraction), recipe.fp8.rollouts or ""]
     began = time.perf_counter()
-    failed, printed = _run([sys.executable, "-c", code, *words], 900, _lone())
+    failed, printed = _run([sys.executable, "-P", "-c", code, *words], 900, _lone())
     if not failed:
         yield Finding("generate", "green", f"a token in {time.perf_counter() - began:.0f} s, start of vLLM included")
     else:

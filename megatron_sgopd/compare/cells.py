@@ -20,7 +20,7 @@ from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.compare.table import Cell, Variant, best_rate, results_table, sweep_table, verdict
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, read_json_lines
-from megatron_sgopd.processes import die_with_parent
+from megatron_sgopd.processes import SAFE_PATH, die_with_parent
 from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 
 FIRST_SEED, FIRST_SWEEP_SEED = 1, 1001
@@ -187,7 +187,7 @@ class _Runner:
         return settings + [f"train.learning_rate={job.learning_rate!r}"] * (job.learning_rate is not None)
 
     def _train(self, job: Job) -> int:
-        command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(self._recipe)]
+        command = [sys.executable, "-P", "-m", "megatron_sgopd.cli", "train", str(self._recipe)]
         for setting in self._settings(job):
             command += ["--set", setting]
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ class _Runner:
                 stderr=log,
                 check=False,
                 preexec_fn=die_with_parent,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                env={"OMP_NUM_THREADS": str(threads), **os.environ, **SAFE_PATH},
             ).returncode
 
 

@@ -17,6 +17,8 @@ from rich.console import Console
 
 from megatron_sgopd.checkpoint.files import locked
 from megatron_sgopd.errors import Alarm, ConfigError, Stopped
+from megatron_sgopd.monitor.ownership import check_ours
+from megatron_sgopd.processes import is_first_rank
 
 if TYPE_CHECKING:
     from megatron_sgopd.config import Settings
@@ -86,7 +88,7 @@ def run_folder(settings: Settings) -> Path:
     """The folder of a run, which is made if it is not there yet.
 
     Raises:
-        ConfigError: it cannot be made, or nothing can be written there.
+        ConfigError: it cannot be made, nothing can be written there, or others can have written there.
     """
     folder = Path(settings.run_dir)
     try:
@@ -99,6 +101,8 @@ def run_folder(settings: Settings) -> Path:
             f"run_dir={folder} cannot be written to: mend its permissions, or those of the file system that it is on, "
             "or choose another one"
         )
+    if is_first_rank():
+        check_ours(folder, settings.private)
     return folder
 
 

@@ -70,7 +70,7 @@ def start(folder: Path, changes: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_sgopd.cli", "train", str(RECIPE), *set_words(settings)],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},  # functions of tests/, by name
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,43 @@
+"""Whose a run folder is: what lies in it is believed, and so must have been put there by whom the user trusts."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_sgopd.errors import ConfigError
+
+
+def check_ours(folder: Path, private: bool) -> None:
+    """Check that nobody but this user, or the folder's group if it is not private, can have put files into a folder.
+
+    Raises:
+        ConfigError: naming the first file that another user owns, or can write.
+    """
+    top = folder.stat()
+    # Permissions within count for those alone who can enter the folder.
+    by_others = stat.S_IWOTH if top.st_mode & stat.S_IXOTH else 0
+    by_group = stat.S_IWGRP if top.st_mode & stat.S_IXGRP else 0
+    for path in _within(folder):
+        found = path.lstat()
+        shared = not private and found.st_gid == top.st_gid
+        if found.st_uid != os.geteuid() and not shared:
+            raise ConfigError(
+                f"{path} belongs to another user (number {found.st_uid}), and going on would believe what it says: "
+                "choose another run_dir; for a folder that a group shares, set private to false"
+            )
+        writable = found.st_mode & (by_others if shared else by_others | by_group)
+        if writable and not stat.S_ISLNK(found.st_mode):
+            raise ConfigError(
+                f"{path} can be written by others, and going on would believe what it says: if nobody did, "
+                f"`chmod -R g-w,o-w {folder}`; for a folder that a group shares, set private to false"
+            )
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    yield folder
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            yield Path(parent, name)
