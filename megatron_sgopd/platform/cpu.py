@@ -48,6 +48,7 @@ class CpuPlatform(Platform):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks of one machine must not be bound to the same cores
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; read at import, replaced by the exact size in engine_options
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",  # else each engine reports itself to vLLM's makers
         "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on huge pages: a weight sync is a tenth faster
         "TOKENIZERS_PARALLELISM": "false",
     }

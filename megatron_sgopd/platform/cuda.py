@@ -70,6 +70,7 @@ class CudaPlatform(Platform):
         "NCCL_GRAPH_REGISTER": "0",  # else NCCL holds the memory of vLLM's CUDA graphs while they are offloaded
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares this process, its device and its weights
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",  # else each engine reports itself to vLLM's makers
         "TOKENIZERS_PARALLELISM": "false",
     }
     megatron_flags = (

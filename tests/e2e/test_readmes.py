@@ -125,7 +125,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Call
         (venv / "bin/activate").write_text(f"export VIRTUAL_ENV={venv} PATH={venv}/bin:$PATH\n")
         executable(folder / ".venv/bin/megatron-sgopd", "#!/bin/sh\nexit 9\n")  # as `make demo` leaves one
         text = commands((REPOSITORY / "examples" / name / "README.md").read_text())
-        environment = {n: v for n, v in os.environ.items() if n != "VIRTUAL_ENV" and not n.startswith("SLURM")}
+        own = ("VIRTUAL_ENV", "SLURM", "SBATCH", "SGOPD")
+        environment = {n: v for n, v in os.environ.items() if not n.startswith(own)}
         environment["PATH"] = f"{folder}/stubs:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", "-euc", text],
