@@ -14,9 +14,19 @@ from typing import Any
 import yaml
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.attempts import ATTEMPTS
+from megatron_sgopd.monitor.attempts import ATTEMPTS, OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
-from megatron_sgopd.monitor.output import EVALUATIONS, LOGS, METRICS, SAMPLES, SUMMARY, is_cut, read_json_lines
+from megatron_sgopd.monitor.output import (
+    EVALUATIONS,
+    EXIT_STOPPED,
+    LOGS,
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    is_claimed,
+    is_cut,
+    read_json_lines,
+)
 from megatron_sgopd.recipe import RESOLVED
 
 _STEP = re.compile(rb'\{"step": (\d+),')
@@ -55,22 +65,34 @@ def read_run(path: Path) -> RunFolder:
         )
     recipe = yaml.safe_load((path / RESOLVED).read_text()) if (path / RESOLVED).is_file() else {}
     metrics = read_json_lines(path / METRICS)
-    alarms = [said for said in [diagnosis(path)] if said]
+    # A summary may be that of an earlier attempt with fewer steps.
+    reached = not recipe or (metrics and metrics[-1]["step"] >= recipe["train"]["steps"])
+    ended = (path / SUMMARY).is_file() and bool(reached)
+    alarms = [] if _well(path, ended) else [said for said in [diagnosis(path)] if said]
     alarms += [
         f"{name}: its last line is cut off, as of a run that was killed, and is left out"
         for name in (METRICS, EVALUATIONS, SAMPLES)
         if is_cut(path / name)
     ]
-    # A summary may be that of an earlier attempt with fewer steps.
-    reached = not recipe or (metrics and metrics[-1]["step"] >= recipe["train"]["steps"])
     return RunFolder(
         path=path,
         recipe=recipe,
         metrics=metrics,
         evaluations=read_json_lines(path / EVALUATIONS),
-        ended=(path / SUMMARY).is_file() and bool(reached),
+        ended=ended,
         alarms=alarms + _verifier_faults(metrics),
     )
+
+
+def _well(path: Path, ended: bool) -> bool:
+    """Whether a run goes on, or its last attempt ended as it should: its ranks' last words tell of no death.
+
+    Args:
+        ended: all steps are there, which is all that is known of a run without attempts.
+    """
+    attempts = read_attempts(path)
+    well = attempts[-1].outcome in (OUTCOMES[0], OUTCOMES[EXIT_STOPPED]) if attempts else ended
+    return is_claimed(path) or well
 
 
 def read_samples(path: Path, budget: int) -> tuple[list[dict[str, Any]], int]:

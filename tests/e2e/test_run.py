@@ -15,6 +15,7 @@ from megatron_sgopd.checkpoint.completeness import steps_saved
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.attempts import read_attempts
 from megatron_sgopd.monitor.output import EXIT_STOPPED, claimed
+from megatron_sgopd.report.runs import read_run
 
 from .conftest import NUMBERS, Finished, start, succeed
 
@@ -170,6 +171,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been_and_saves_when_it_i
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """A process's children, theirs, and so on."""
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_nothing_is_said_to_be_wrong_with_a_run_that_finished(main_run: Finished) -> None:
+    assert read_run(main_run.folder).alarms == []
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from megatron_sgopd.config import AlarmSettings
+from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.heartbeat import Heartbeat
-from megatron_sgopd.monitor.output import reporting_errors
+from megatron_sgopd.monitor.output import EXIT_STOPPED, claimed, reporting_errors
+from megatron_sgopd.report.runs import read_run
 
 
 def fail(run_dir: Path, monkeypatch: pytest.MonkeyPatch, rank: int, stage: str, work: Callable[[], object]) -> None:
@@ -54,6 +56,25 @@ def test_out_of_memory_names_the_stage_the_size_and_the_settings(
     said = diagnosis(tmp_path)
     assert "you tried to allocate 1152921504606846976 bytes" in said
     assert "Out of memory in train: lower train.rows_per_microbatch, train.row_tokens" in said
+
+
+def test_only_of_a_run_that_died_a_cause_is_sought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alarms() -> list[str]:
+        return read_run(tmp_path).alarms
+
+    for step in (0, 3):
+        begin_attempt(tmp_path, step)
+        for rank in range(2):
+            fail(tmp_path, monkeypatch, rank, "train", lambda: None)
+        with claimed(tmp_path):
+            assert alarms() == [], "it goes on"
+        assert "ended without a word, as did 1" in alarms()[0], "it was killed"
+        end_attempt(tmp_path, step + 3, EXIT_STOPPED, "stopped by SIGUSR1")
+        assert alarms() == [], "it was asked to stop"
+    begin_attempt(tmp_path, 6)
+    fail(tmp_path, monkeypatch, 0, "save", lambda: None)
+    end_attempt(tmp_path, 9, 0, "")
+    assert alarms() == [], "it is finished"
 
 
 def test_where_nobody_left_a_word_all_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
