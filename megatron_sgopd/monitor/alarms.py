@@ -48,7 +48,7 @@ def check_teacher(settings: AlarmSettings, logprobs_T: torch.Tensor, vocab_size:
         count = int((~torch.isfinite(logprobs_T)).sum())
         raise Alarm(
             f"{count} of {logprobs_T.numel()} teacher log-probs are NaN or infinite: the teacher's weights or its "
-            "precision are broken. Try train.precision=float32, and check the teacher's files."
+            "precision are broken. Check the teacher's files, and on the CPU try train.precision=float32."
         )
     mean, uniform = float(logprobs_T.mean()), -math.log(vocab_size)
     if mean < settings.teacher_floor * uniform:

