@@ -251,6 +251,8 @@ class LoggingSettings:
     """Steps between those of which some responses are printed and kept; 0: never."""
     samples: int = Field(default=8, ge=1)
     """Most responses kept of such a step, with the numbers behind each of their tokens; of the first rank's share."""
+    samples_mib: int = Field(default=256, ge=1)
+    """Size of samples.jsonl in MiB beyond which every second of its steps is dropped: the older, the fewer are kept."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
     record: str | None = None

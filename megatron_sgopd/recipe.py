@@ -19,12 +19,11 @@ from megatron_sgopd.fp8 import check_fp8, training_flags
 from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import parameter_count
-from megatron_sgopd.monitor.output import METRICS
+from megatron_sgopd.monitor.output import METRICS, RESOLVED
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import gpu_memory
 from megatron_sgopd.platform.cuda import CudaPlatform
 
-RESOLVED = "recipe.yaml"
 _FREE_TO_CHANGE = frozenset({"logging", "evaluate", "alarms", "checkpoint", "run_dir", "private", "platform"})
 _LAYOUT = frozenset(
     {"parallel.ranks", "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert"}

@@ -32,11 +32,11 @@ from megatron_sgopd.monitor.alarms import check_metrics
 from megatron_sgopd.monitor.clock import Clock
 from megatron_sgopd.monitor.heartbeat import Heartbeat
 from megatron_sgopd.monitor.metrics import Monitor
-from megatron_sgopd.monitor.output import run_folder
+from megatron_sgopd.monitor.output import RESOLVED, run_folder
 from megatron_sgopd.monitor.samples import sample_lines
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.platform import current
-from megatron_sgopd.recipe import RESOLVED, load_recipe, plan_here
+from megatron_sgopd.recipe import load_recipe, plan_here
 from megatron_sgopd.residency import Residency, Tenant
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt, PromptStream
@@ -44,7 +44,7 @@ from megatron_sgopd.rollout.recording import Recording
 from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts, teacher_engine
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
 from megatron_sgopd.stopping import StopRequest
-from megatron_sgopd.verify.stage import Verification
+from megatron_sgopd.verify.stage import FAULT_METRICS, Verification
 
 NOTICE_SECONDS = "SGOPD_NOTICE_SECONDS"
 """Environment variable of slurm/train.sbatch: seconds between Slurm's signal and the end of the job."""
@@ -281,7 +281,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         layouts = ParallelLayout(tensor, pipeline), ParallelLayout(teacher_tensor, teacher_pipeline)
         check_full_estimator(inputs.student, inputs.teacher, *layouts, settings.teacher.offload)
     monitor = Monitor(settings, args.iteration, args.train_iters)
-    verification = Verification(settings.verify, inputs.tokenizer)
+    verification = Verification(settings.verify, inputs.tokenizer, monitor.last_metrics(FAULT_METRICS), heartbeat.alive)
     if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:
         _evaluate_teacher(settings, args, inputs, verification, monitor)
     teacher = reference = engine = None
@@ -323,7 +323,8 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         run.teacher_rollouts = TeacherRollouts(
             settings, inputs.bank, verification, lambda: _teacher_engine(settings, args), run.prompts_of, monitor.note
         )
-    run._set_noise_floor(monitor.last_metric("logprob_gap_p95"))
+    last = monitor.last_metrics(["noise_floor", "logprob_gap_p95"])  # a step without a gap leaves the floor as it is
+    run._set_noise_floor(last.get("logprob_gap_p95", last.get("noise_floor", math.nan)))
     if inputs.train.excluded:
         monitor.note(f"{inputs.train.excluded} training prompts left out: they are held-out ones")
     monitor.note(f"models and engine are ready after {clock.since_lap():.0f} s")

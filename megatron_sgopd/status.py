@@ -22,7 +22,6 @@ from megatron_sgopd.monitor.output import is_claimed
 if TYPE_CHECKING:
     from megatron_sgopd.report.runs import RunFolder
 
-_RECENT_STEPS = 20
 _LONGEST_REASON = 120
 _SHOWN = ("loss", "pass_rate", "agree", "reverse_kl", "logprob_gap", "grad_norm", "tokens_per_second")
 
@@ -60,7 +59,8 @@ def status(run: RunFolder) -> dict[str, Any]:
     last = attempts[-1] if attempts else None
     over = last.outcome if last else "finished" if run.ended else "not begun"
     state = "running" if running else over
-    recent = [line["seconds"] for line in run.metrics[-_RECENT_STEPS:]]
+    last_step = run.recent[-1] if run.recent else {}
+    recent = [line["seconds"] for line in run.recent]
     steps = run.recipe["train"]["steps"] if run.recipe else None
     left = (steps - run.step) * sum(recent) / len(recent) if recent and steps is not None else None
     beats = read_beats(run.path)
@@ -71,8 +71,8 @@ def status(run: RunFolder) -> dict[str, Any]:
         "steps": steps,
         "left_seconds": left,
         "stages": [asdict(beat) | {"age_seconds": time.time() - beat.time} for beat in beats] if running else [],
-        "metrics": {name: run.metrics[-1][name] for name in _SHOWN if name in run.metrics[-1]} if run.metrics else {},
-        "evaluations": [{name: line[name] for name in ("name", "step", "pass_rate")} for line in run.evaluations],
+        "metrics": {name: last_step[name] for name in _SHOWN if name in last_step},
+        "evaluations": [{name: line[name] for name in ("name", "step", "pass_rate")} for line in run.evaluations()],
         "attempts": [asdict(attempt) for attempt in attempts],
         "alarms": run.alarms,
         "job": _job(last.job) if last and last.job else None,

@@ -31,7 +31,7 @@ class PieceWriter(io.BufferedWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path.open("wb", buffering=0), _WRITE_BYTES)
+        super().__init__(new_file(path, buffering=0), _WRITE_BYTES)
 
     def write(self, data: Any) -> int:
         """Write all of a buffer."""
@@ -41,10 +41,17 @@ class PieceWriter(io.BufferedWriter):
         return len(view)
 
 
+def new_file(path: Path, buffering: int = -1) -> Any:
+    """A file that this process has made, open for writing. What was there is removed; a link is not followed, since
+    whoever planted it would have its target overwritten."""
+    path.unlink(missing_ok=True)
+    return path.open("xb", buffering=buffering)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file and sync it, so that after a crash it has its old or its new content."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with new_file(temporary) as file:
         file.write(data)
         os.fsync(file.fileno())
     temporary.rename(path)

@@ -12,7 +12,7 @@ from megatron_sgopd.checkpoint.completeness import TRACKER, step_folder
 from megatron_sgopd.checkpoint.files import CONVERSION
 from megatron_sgopd.checkpoint.restricted import METADATA
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.recipe import RESOLVED
+from megatron_sgopd.monitor.output import RESOLVED
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _BEST = 3
+_CALIBRATION_STEPS = 1000
+"""Of a run, the last ones, that its times are taken from."""
 
 
 def add_commands(commands: Any) -> None:
@@ -150,10 +153,11 @@ def calibrate(run: Path, gpu: str) -> Calibration:
     from megatron_sgopd.cluster.hardware import device
     from megatron_sgopd.cluster.plan import planner_of, setup_of
     from megatron_sgopd.cluster.times import calibration
-    from megatron_sgopd.monitor.output import METRICS, read_json_lines
-    from megatron_sgopd.recipe import RESOLVED, load_recipe
+    from megatron_sgopd.monitor.lines import last_json_lines
+    from megatron_sgopd.monitor.output import METRICS, RESOLVED
+    from megatron_sgopd.recipe import load_recipe
 
-    steps = read_json_lines(run / METRICS)
+    steps = list(itertools.islice(last_json_lines(run / METRICS), _CALIBRATION_STEPS))[::-1]
     if len(steps) < 2 or not (run / RESOLVED).is_file():
         raise ConfigError(f"--calibrate {run} holds no run of at least two steps: name a run folder")
     recipe = load_recipe(run / RESOLVED)

@@ -19,7 +19,8 @@ from pathlib import Path
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.compare.table import Cell, Variant, best_rate, results_table, sweep_table, verdict
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, read_json_lines, run_folder
+from megatron_sgopd.monitor.lines import read_json_lines
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, run_folder
 from megatron_sgopd.processes import SAFE_PATH, die_with_parent
 from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 
@@ -208,9 +209,9 @@ def _finished(job: Job) -> Cell | None:
     if not (job.folder / SUMMARY).is_file():
         return None
     summary = json.loads((job.folder / SUMMARY).read_text())
-    steps = read_json_lines(job.folder / METRICS)
     [after] = [line for line in read_json_lines(job.folder / EVALUATIONS) if line["name"] == "after"]
-    return Cell(job.seed, tuple(after["by_problem"]), summary["seconds"], sum(step["tokens"] for step in steps))
+    tokens = sum(step["tokens"] for step in read_json_lines(job.folder / METRICS))
+    return Cell(job.seed, tuple(after["by_problem"]), summary["seconds"], tokens)
 
 
 def _results(

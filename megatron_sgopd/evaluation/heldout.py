@@ -26,7 +26,7 @@ def respond(
     counts = [settings.samples] * len(prompts)
     trajectories = engine.generate(prompts, counts, settings.temperature, seed, EVALUATION_STEP)
     verification.start(trajectories)()
-    results = [result for _, result in verification.all_checked()]
+    results = verification.all_results()
     shape = len(prompts), settings.samples
     answers = [result.extracted for result in results]
     return Responses(

@@ -27,8 +27,9 @@ from megatron_sgopd.evaluation.contamination import overlapping
 from megatron_sgopd.evaluation.heldout import EVALUATION_STEP
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores, together
 from megatron_sgopd.models.architecture import Architecture, read_architecture
+from megatron_sgopd.monitor.output import RESOLVED
 from megatron_sgopd.processes import is_first_rank, launched_ranks
-from megatron_sgopd.recipe import RESOLVED, load_recipe
+from megatron_sgopd.recipe import load_recipe
 from megatron_sgopd.rollout.bank import RolloutBank
 from megatron_sgopd.rollout.engine import replicas
 from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill

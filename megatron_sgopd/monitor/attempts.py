@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.monitor.heartbeat import HEARTBEATS
-from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, append_json_line, is_cut, read_json_lines
+from megatron_sgopd.monitor.lines import append_json_line, is_cut, read_json_lines
+from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS
 from megatron_sgopd.processes import node_name
 
 ATTEMPTS = "attempts.jsonl"

@@ -42,9 +42,10 @@ class Heartbeat:
     """This rank's record in RUN_DIR/heartbeats.
 
     A stage may take `alarms.first_hang_seconds` the first time, then `alarms.hang_seconds` or ten times its longest so
-    far, whichever is more. After that, every thread's Python stack is written to RUN_DIR/logs/rank-N.stack, by a thread
-    of faulthandler's own that needs no lock of the interpreter's. The process is ended by the kernel's alarm some
-    seconds later, so that the other ranks, whose limits are a little different, write theirs too.
+    far, whichever is more, from its beginning or from the last sign that it gets on. After that, every thread's Python
+    stack is written to RUN_DIR/logs/rank-N.stack, by a thread of faulthandler's own that needs no lock of the
+    interpreter's. The process is ended by the kernel's alarm some seconds later, so that the other ranks, whose limits
+    are a little different, write theirs too.
     """
 
     def __init__(self, run_dir: Path, rank: int, settings: AlarmSettings) -> None:
@@ -52,7 +53,7 @@ class Heartbeat:
         self._host = node_name()
         self._longest: dict[str, float] = {}
         self.stage, self.step = START, 0
-        self._entered = time.monotonic()
+        self._entered, self._quiet = time.monotonic(), 0.0  # and the longest time without a sign of life since
         for name in (HEARTBEATS, LOGS):
             (run_dir / name).mkdir(exist_ok=True)
         self._record = os.open(_record(run_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -62,8 +63,13 @@ class Heartbeat:
     def enter(self, stage: str) -> None:
         """The stage before has ended, and this one begins."""
         now = time.monotonic()
-        self._longest[self.stage] = max(self._longest.get(self.stage, 0.0), now - self._entered)
-        self.stage, self._entered = stage, now
+        self._longest[self.stage] = max(self._longest.get(self.stage, 0.0), self._quiet, now - self._entered)
+        self.stage, self._entered, self._quiet = stage, now, 0.0
+        self._watch()
+
+    def alive(self) -> None:
+        """The stage has got on, however long it takes in all: its limit counts from here."""
+        self._quiet, self._entered = max(self._quiet, time.monotonic() - self._entered), time.monotonic()
         self._watch()
 
     def longest_stage(self) -> tuple[str, float]:

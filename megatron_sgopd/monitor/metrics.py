@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,15 +17,14 @@ from rich.table import Table
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.config import Settings
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
-from megatron_sgopd.monitor.output import (
-    EVALUATIONS,
-    METRICS,
-    SAMPLES,
-    SUMMARY,
+from megatron_sgopd.monitor.lines import (
     append_json_line,
-    console,
+    drop_later_steps,
+    halve_steps,
+    last_json_lines,
     read_json_lines,
 )
+from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console
 from megatron_sgopd.rollout.trajectory import from_first_rank
 
 
@@ -32,24 +32,26 @@ class Monitor:
     """Rank 0 writes files and progress; Megatron's TensorBoard and W&B writers live on the last rank."""
 
     def __init__(self, settings: Settings, start_step: int, train_steps: int) -> None:
-        """Go on in the run folder after `start_step` steps; later lines of an earlier attempt are dropped."""
+        """Go on in the run folder after `start_step` steps. Later lines, of steps that are done again, are cut off; but
+        for sampled responses they are kept in `….superseded.jsonl`."""
         self._folder = Path(settings.run_dir)
         self._writes = dist.get_rank() == 0
         self._start_step, self._train_steps = start_step, train_steps
         self._seconds = 0.0
         self._console = console()
+        self._sample_bytes = settings.logging.samples_mib << 20
         if self._writes:
-            for name in (METRICS, SAMPLES, EVALUATIONS):
-                _keep_until(self._folder / name, start_step)
+            for name in (METRICS, EVALUATIONS):
+                path = self._folder / name
+                drop_later_steps(path, start_step, path.with_name(f"{path.stem}.superseded{path.suffix}"))
+            drop_later_steps(self._folder / SAMPLES, start_step)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record one step; `metrics` is the same on every rank and holds `step` and `seconds`."""
         self._seconds += metrics["seconds"]
         _to_megatron_writers(metrics)
         if self._writes:
-            # JSON has no NaN: the mean of nothing is null.
-            known = {name: None if value != value else value for name, value in metrics.items()}
-            append_json_line(self._folder / METRICS, known)
+            append_json_line(self._folder / METRICS, metrics)
             self._console.print(self._progress(metrics))
 
     def _progress(self, m: dict[str, Any]) -> str:
@@ -67,8 +69,11 @@ class Monitor:
         """Keep some responses with their outcomes, and show the first of them."""
         if not self._writes:
             return
+        path = self._folder / SAMPLES
         for line in lines:
-            append_json_line(self._folder / SAMPLES, line)
+            append_json_line(path, line)
+        if lines and path.stat().st_size > self._sample_bytes:
+            halve_steps(path)
         for line in lines[:shown]:
             mark = "[green]right[/green]" if line["outcome"] else f"[red]{escape(line['reason'])}[/red]"
             # repr: a response may hold terminal control sequences.
@@ -99,16 +104,16 @@ class Monitor:
         """Write summary.json from the files of all attempts, and show the table."""
         if not self._writes:
             return
-        lines = read_json_lines(self._folder / METRICS)
         stages: dict[str, float] = {}
-        for line in lines:
+        steps, total = 0, 0.0
+        for line in read_json_lines(self._folder / METRICS):
+            steps, total = steps + 1, total + line["seconds"]
             for stage, seconds in line["stage_seconds"].items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
-        total = sum(line["seconds"] for line in lines)
         rates = {line["name"]: line["pass_rate"] for line in read_json_lines(self._folder / EVALUATIONS)}
         summary = {
             **{name: rates.get(name) for name in ("before", "after", "teacher")},
-            "steps": len(lines),
+            "steps": steps,
             "seconds": total,
             "stage_seconds": stages,
             "unexplained_share": 1 - sum(stages.values()) / total,
@@ -116,11 +121,12 @@ class Monitor:
         write_atomically(self._folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         self._console.print(_table(summary))
 
-    def last_metric(self, name: str) -> float:
-        """The last one before this attempt, on every rank; NaN where there is none."""
-        lines = read_json_lines(self._folder / METRICS) if self._writes else []
-        value = next((line[name] for line in reversed(lines) if line.get(name) is not None), float("nan"))
-        return float(from_first_rank(torch.tensor([value], dtype=torch.float64)))
+    def last_metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Those of the last step before this attempt, on every rank; without those that it did not have."""
+        last = next(last_json_lines(self._folder / METRICS), {}) if self._writes else {}
+        known = [math.nan if last.get(name) is None else last[name] for name in names]
+        values = from_first_rank(torch.tensor(known, dtype=torch.float64)).tolist()
+        return {name: value for name, value in zip(names, values, strict=True) if not math.isnan(value)}
 
     def note(self, text: str) -> None:
         """A plain line for the user, from rank 0."""
@@ -150,12 +156,3 @@ def _to_megatron_writers(metrics: dict[str, Any]) -> None:
             tensorboard.add_scalar(name, value, metrics["step"])
     if wandb is not None:
         wandb.log(scalars, metrics["step"])
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Move lines of steps after `step`, which this attempt will do again, to a file of their own beside it."""
-    lines = read_json_lines(path)
-    kept = [line for line in lines if line["step"] <= step and step > 0]
-    for line in lines[len(kept) :]:
-        append_json_line(path.with_name(f"{path.stem}.superseded{path.suffix}"), line)
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -11,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 LOGS, METRICS, SAMPLES, EVALUATIONS = "logs", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 SUMMARY = "summary.json"
+RESOLVED = "recipe.yaml"
+"""The recipe with all its defaults."""
 EXIT_STOPPED = os.EX_TEMPFAIL
 """A run was asked to stop and has saved: whoever gets this exit code starts it again."""
 _EXIT_CODES: dict[type[BaseException], int] = {ConfigError: 2, Alarm: 3}
@@ -64,24 +65,6 @@ def libraries_write_to(log: Path) -> Iterator[Console]:
             os.dup2(descriptor, number)
             os.close(descriptor)
         _terminal = None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that a run writes; the last one may have been cut off with it.
-
-    Raises:
-        ConfigError: another line is no JSON.
-    """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number} is not JSON ({error}): mend or remove that line") from None
-    return found
 
 
 def run_folder(settings: Settings) -> Path:
@@ -131,21 +114,6 @@ def is_claimed(run_dir: Path) -> bool:
         return False
     with (run_dir / _LOCK).open() as file:
         return not locked(file, shared=True)
-
-
-def append_json_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to a file that a run writes."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def is_cut(path: Path) -> bool:
-    """Whether the last line of a file was cut off."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
 
 
 @dataclass

@@ -72,7 +72,7 @@ def _sampled(recipe: Recipe, inputs: Any, prompts: list[Prompt], arguments: argp
     work = Work(folder, worker.identity(inputs.train), prompts)
     fill([work], "noise-floor-0", worker, arguments.out / "noise_floor.log")
     bank = RolloutBank(folder)
-    return [Response(p.token_ids, r.token_ids) for p in prompts for r in bank.of(p.problem) if r.token_ids]
+    return [Response(p.token_ids, tuple(r.token_ids)) for p in prompts for r in bank.of(p.problem) if r.token_ids]
 
 
 def measure(recipe: Recipe, responses: list[Response]) -> dict[str, Any]:

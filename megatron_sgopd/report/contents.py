@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from megatron_sgopd.compare.table import interval
-from megatron_sgopd.report.runs import RunFolder, read_run, read_samples
+from megatron_sgopd.monitor.lines import finite
+from megatron_sgopd.monitor.output import METRICS, SAMPLES
+from megatron_sgopd.report.runs import RunFolder, Samples, read_run
+from megatron_sgopd.report.series import STAGE_PREFIX, Series, thinned
 
 SAMPLE_BYTES = 12_000_000
 """Of samples.jsonl that a page shows, over all its runs; packing makes a fourth of them."""
@@ -23,17 +27,55 @@ FEWEST_POINTS = 50
 CURVE_POINTS = 40
 _FEWEST_STEPS = 4
 """Of a point of the training curve: the spread of its steps makes its interval."""
+_MOST_BLOCKS = 50
+"""Of a point of the training curve: where it has more steps, neighbours count as one for the interval."""
 _RESAMPLES = 2000
 _DIGITS = 5
 
 
-def contents(paths: Sequence[Path]) -> dict[str, Any]:
-    """Everything that a page shows about these run folders.
+@dataclass(frozen=True)
+class _Shown:
+    """A run with all that a page shows of it."""
 
-    Raises:
-        ConfigError: one of them is none, or broken.
-    """
-    runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+    run: RunFolder
+    series: Series
+    samples: Samples
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.run.recipe
+
+
+class Contents:
+    """Everything that a page shows about run folders; of metrics and samples each call reads what is new."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._folders = [
+            (path, Series(path / METRICS), Samples(path / SAMPLES))
+            for path in dict.fromkeys(path.resolve() for path in paths)
+        ]
+
+    def __call__(self) -> dict[str, Any]:
+        """Plain values, without a number that is not finite.
+
+        Raises:
+            ConfigError: one of the folders is none of a run, or broken.
+        """
+        runs = []
+        for path, series, samples in self._folders:
+            run = read_run(path)
+            series.refresh()
+            samples.refresh()
+            runs.append(_Shown(run, series, samples, list(run.evaluations())))
+        return finite(_contents(runs))
+
+
+def _contents(runs: Sequence[_Shown]) -> dict[str, Any]:
     names = _names([run.path for run in runs])
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
@@ -49,7 +91,7 @@ def contents(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _same_but_for_seed(run: RunFolder) -> str:
+def _same_but_for_seed(run: _Shown) -> str:
     if not run.recipe:
         return str(run.path)
     train = {name: value for name, value in run.recipe["train"].items() if name != "seed"}
@@ -64,7 +106,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, common) for path in paths]
 
 
-def _group_name(names: Sequence[str], members: Sequence[int], first: RunFolder) -> str:
+def _group_name(names: Sequence[str], members: Sequence[int], first: _Shown) -> str:
     """The folder that its runs have for themselves, or the first of them."""
     if len(members) == 1:
         return names[members[0]]
@@ -75,7 +117,7 @@ def _group_name(names: Sequence[str], members: Sequence[int], first: RunFolder) 
     return f"{shared} ({len(members)} runs)"
 
 
-def _group(runs: Sequence[RunFolder]) -> dict[str, Any]:
+def _group(runs: Sequence[_Shown]) -> dict[str, Any]:
     teacher = [line["pass_rate"] for run in runs for line in run.evaluations if line["name"] == "teacher"]
     return {
         "training": _training_curve(runs),
@@ -84,25 +126,27 @@ def _group(runs: Sequence[RunFolder]) -> dict[str, Any]:
     }
 
 
-def _training_curve(runs: Sequence[RunFolder]) -> list[list[float]]:
+def _training_curve(runs: Sequence[_Shown]) -> list[list[float]]:
     """Middle step, pass rate with its interval over runs and the steps around it, and how many runs got there."""
     # A step without a response of the student's has no rate.
-    by_run = [
-        {line["step"]: line["pass_rate"] for line in run.metrics if line["pass_rate"] is not None} for run in runs
-    ]
-    steps = max(run.step for run in runs)
-    width = max(_FEWEST_STEPS, math.ceil(steps / CURVE_POINTS))
+    longest = max(run.series.steps for run in runs)
+    rates_RS = np.full((len(runs), longest), np.nan)
+    for rates_S, run in zip(rates_RS, runs, strict=True):
+        rates_S[: run.series.steps] = run.series.of("pass_rate")
+    width = max(_FEWEST_STEPS, math.ceil(longest / CURVE_POINTS))
+    together = math.ceil(width / _MOST_BLOCKS)
+    width = math.ceil(width / together) * together
     points = []
-    for first in range(1, steps - width + 2, width):
-        members = range(first, first + width)
-        values = [[rates[step] for step in members] for rates in by_run if all(step in rates for step in members)]
-        if values:
-            score = interval(np.array(values), resamples=_RESAMPLES)
-            points.append(_point(first + (width - 1) / 2, score.mean, score.low, score.high, len(values)))
+    for first in range(0, longest - width + 1, width):
+        blocks_RB = rates_RS[:, first : first + width].reshape(len(runs), -1, together).mean(axis=2)
+        values_RB = blocks_RB[~np.isnan(blocks_RB).any(axis=1)]
+        if len(values_RB):
+            score = interval(values_RB, resamples=_RESAMPLES)
+            points.append(_point(first + (width + 1) / 2, score.mean, score.low, score.high, len(values_RB)))
     return points
 
 
-def _heldout_curve(runs: Sequence[RunFolder]) -> list[list[float]]:
+def _heldout_curve(runs: Sequence[_Shown]) -> list[list[float]]:
     """Step, pass rate with its interval over runs and problems, and how many runs were evaluated there."""
     lines: dict[int, list[dict[str, Any]]] = {}
     for run in runs:
@@ -124,17 +168,17 @@ def _point(step: float, mean: float, low: float, high: float, runs: int) -> list
     return [step, _rounded(mean), _rounded(low), _rounded(high), runs]
 
 
-def _run(run: RunFolder, name: str, runs: int) -> dict[str, Any]:
+def _run(run: _Shown, name: str, runs: int) -> dict[str, Any]:
     def setting(section: str, key: str) -> Any:
         return run.recipe[section][key] if run.recipe else None
 
-    samples, left_out = read_samples(run.path, SAMPLE_BYTES // runs)
-    alarms = list(run.alarms)
+    samples, left_out = run.samples.chosen(SAMPLE_BYTES // runs)
+    alarms = list(run.run.alarms)
     if left_out:
         total = left_out + len(samples)
         alarms.append(f"tokens: {left_out} of {total} sampled responses are left out, to keep the page small")
     # An evaluation after the last step is an earlier attempt's if there were further steps.
-    rates = {line["name"]: line["pass_rate"] for line in run.evaluations if line["step"] in (0, run.step)}
+    rates = {line["name"]: line["pass_rate"] for line in run.evaluations if line["step"] in (0, run.run.step)}
     return {
         "name": name,
         "method": setting("sgopd", "method"),
@@ -143,37 +187,29 @@ def _run(run: RunFolder, name: str, runs: int) -> dict[str, Any]:
         "student": setting("model", "path"),
         "teacher": setting("teacher", "path"),
         "gap_limit": setting("alarms", "logprob_gap"),
-        "step": run.step,
+        "step": run.run.step,
         "steps": setting("train", "steps"),
-        "ended": run.ended,
+        "ended": run.run.ended,
         "before": rates.get("before"),
         "after": rates.get("after"),
-        "seconds": sum(line["seconds"] for line in run.metrics),
+        "seconds": float(np.nansum(run.series.of("seconds"))),
         "alarms": alarms,
-        "series": _series(run.metrics, max(FEWEST_POINTS, SERIES_POINTS // runs)),
+        "series": _thinned(run.series, max(FEWEST_POINTS, SERIES_POINTS // runs)),
         # The tokens' texts make the response's.
         "samples": [{key: value for key, value in line.items() if key != "response"} for line in samples],
         "samples_left_out": left_out,
     }
 
 
-def _series(metrics: Sequence[dict[str, Any]], points: int) -> dict[str, list[float | None]]:
-    """Each logged number over the steps, a stage's seconds under `seconds/STAGE`, in at most so many means."""
-    lines = [
-        {name: value for name, value in line.items() if isinstance(value, int | float) or value is None}
-        | {f"seconds/{stage}": seconds for stage, seconds in line["stage_seconds"].items()}
-        for line in metrics
-    ]
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    width = max(1, math.ceil(len(lines) / points))
-    series = {}
-    for name in names:
-        # A stage that a step did not have took no time.
-        missing = 0.0 if name.startswith("seconds/") else math.nan
-        values_N = np.array([missing if (v := line.get(name, missing)) is None else v for line in lines], dtype=float)
-        bins = [values_N[start : start + width] for start in range(0, len(values_N), width)]
-        series[name] = [_rounded(float(np.mean(known))) if len(known := b[~np.isnan(b)]) else None for b in bins]
-    return series
+def _thinned(series: Series, points: int) -> dict[str, list[float]]:
+    """Each logged number over the steps, in at most so many means."""
+    found = {}
+    for name in series.names:
+        values_N = series.of(name)
+        if name.startswith(STAGE_PREFIX):
+            values_N = np.nan_to_num(values_N)  # a stage that a step did not have took no time
+        found[name] = [_rounded(value) for value in thinned(values_N, points).tolist()]
+    return found
 
 
 def _rounded(value: float) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.report.page import packed_contents, render
+from megatron_sgopd.report.contents import Contents
+from megatron_sgopd.report.page import packed, render
 from megatron_sgopd.report.runs import state
 
 ADDRESS = "127.0.0.1"
@@ -41,7 +42,7 @@ class _Newest:
     """The contents of a page, made once for each state of the runs however many ask."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+        self._paths, self._contents = paths, Contents(paths)
         self._lock = threading.Lock()
         self._made: tuple[str, bytes] = ("", b"")
 
@@ -50,7 +51,7 @@ class _Newest:
         with self._lock:
             now = state(self._paths)
             if now != self._made[0]:
-                self._made = now, packed_contents(self._paths)
+                self._made = now, packed(self._contents())
             return self._made
 
 

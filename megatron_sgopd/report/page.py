@@ -9,11 +9,12 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.report.contents import contents
+from megatron_sgopd.report.contents import Contents
 
 
 def write_page(paths: Sequence[Path], out: Path) -> int:
@@ -22,25 +23,25 @@ def write_page(paths: Sequence[Path], out: Path) -> int:
     Raises:
         ConfigError: one of them is none.
     """
-    page = render(packed_contents(paths))
+    page = render(packed(Contents(paths)()))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return len(page)
 
 
-def packed_contents(paths: Sequence[Path]) -> bytes:
+def packed(contents: dict[str, Any]) -> bytes:
     """What a page shows, as gzip'd JSON."""
-    return gzip.compress(json.dumps(contents(paths), separators=(",", ":")).encode(), mtime=0)
+    return gzip.compress(json.dumps(contents, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
 
 
-def render(packed: bytes, live_state: str = "") -> bytes:
+def render(data: bytes, live_state: str = "") -> bytes:
     """The whole page in UTF-8.
 
     Texts of models are in it as base64 alone, and its code shows them as text. Should that ever fail, the page's
     content policy runs no script but these two, by their digests, loads nothing, and sends no form.
 
     Args:
-        packed: as of `packed_contents`.
+        data: as of `packed`.
         live_state: of these contents, where the code is to ask its server for newer ones.
     """
     scripts = [get_plotlyjs(), _asset("page.js")]
@@ -52,7 +53,7 @@ def render(packed: bytes, live_state: str = "") -> bytes:
         ("POLICY", "; ".join(policy)),
         ("STYLE", _asset("page.css")),
         ("LIVE", live_state),
-        ("DATA", base64.b64encode(packed).decode()),
+        ("DATA", base64.b64encode(data).decode()),
         ("PLOTLY", scripts[0]),
         ("SCRIPT", scripts[1]),
     ):

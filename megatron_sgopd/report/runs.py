@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,19 @@ import yaml
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.attempts import ATTEMPTS, OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
+from megatron_sgopd.monitor.lines import Growing, is_cut, last_json_lines, parsed_line, read_json_lines
 from megatron_sgopd.monitor.output import (
     EVALUATIONS,
     EXIT_STOPPED,
     LOGS,
     METRICS,
+    RESOLVED,
     SAMPLES,
     SUMMARY,
     is_claimed,
-    is_cut,
-    read_json_lines,
 )
-from megatron_sgopd.recipe import RESOLVED
 
+RECENT_STEPS = 20
 _STEP = re.compile(rb'\{"step": (\d+),')
 
 
@@ -39,8 +38,8 @@ class RunFolder:
     path: Path
     recipe: dict[str, Any]
     """With all defaults; empty for a run that was started by a Megatron script of the user's own."""
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    recent: list[dict[str, Any]]
+    """Metrics of the last steps, RECENT_STEPS at most, the oldest first."""
     ended: bool
     """The last step was reached."""
     alarms: list[str]
@@ -49,14 +48,18 @@ class RunFolder:
     @property
     def step(self) -> int:
         """Steps done."""
-        return self.metrics[-1]["step"] if self.metrics else 0
+        return self.recent[-1]["step"] if self.recent else 0
+
+    def evaluations(self) -> Iterator[dict[str, Any]]:
+        """The scores on the held-out problems, the first ones first."""
+        return read_json_lines(self.path / EVALUATIONS)
 
 
 def read_run(path: Path) -> RunFolder:
-    """Read a run folder, all but its sampled responses.
+    """Read what there is to say of a run now; its past, however long, is left on the disk.
 
     Raises:
-        ConfigError: it is none, or one of its files is broken before its last line.
+        ConfigError: it is none, or its last lines are broken.
     """
     if not ((path / METRICS).is_file() or (path / ATTEMPTS).is_file()):
         raise ConfigError(
@@ -64,9 +67,9 @@ def read_run(path: Path) -> RunFolder:
             "comparison are OUT/cells/VARIANT/seed_N"
         )
     recipe = yaml.safe_load((path / RESOLVED).read_text()) if (path / RESOLVED).is_file() else {}
-    metrics = read_json_lines(path / METRICS)
+    recent = list(itertools.islice(last_json_lines(path / METRICS), RECENT_STEPS))[::-1]
     # A summary may be that of an earlier attempt with fewer steps.
-    reached = not recipe or (metrics and metrics[-1]["step"] >= recipe["train"]["steps"])
+    reached = not recipe or (recent and recent[-1]["step"] >= recipe["train"]["steps"])
     ended = (path / SUMMARY).is_file() and bool(reached)
     alarms = [] if _well(path, ended) else [said for said in [diagnosis(path)] if said]
     alarms += [
@@ -77,10 +80,9 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(
         path=path,
         recipe=recipe,
-        metrics=metrics,
-        evaluations=read_json_lines(path / EVALUATIONS),
+        recent=recent,
         ended=ended,
-        alarms=alarms + _verifier_faults(metrics),
+        alarms=alarms + _verifier_faults(recent[-1] if recent else {}),
     )
 
 
@@ -95,55 +97,58 @@ def _well(path: Path, ended: bool) -> bool:
     return is_claimed(path) or well
 
 
-def read_samples(path: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
-    """Sampled responses of a run, and how many are left out to keep within `budget` bytes of their file.
+class Samples:
+    """Sampled responses of a run. The file may be far larger than what is read of it into memory."""
 
-    Their steps are at even distances, the last one among them, and remain chosen while a run goes on, until there are
-    twice as many. The file may be far larger than what is read of it into memory.
+    def __init__(self, path: Path) -> None:
+        self._file = Growing(path)
+        self._lines: list[tuple[int, int, int]] = []
+        """Step, first byte and length of each."""
 
-    Raises:
-        ConfigError: a line is not what a run writes.
-    """
-    lines = _lines_by_step(path / SAMPLES)
-    steps = sorted({step for step, _, _ in lines})
-    every = 1
-    while True:
-        chosen = {*steps[::every], *steps[-1:]}
-        size = sum(length for step, _, length in lines if step in chosen)
-        if size <= budget or every > len(steps):
-            break
-        every *= 2
-    found, left = [], budget
-    if not chosen:
-        return [], 0
-    with (path / SAMPLES).open("rb") as file:
-        for number, (step, start, length) in enumerate(lines, start=1):
-            if step not in chosen or length > left:
-                continue
-            left -= length
-            file.seek(start)
-            try:
-                found.append(json.loads(file.read(length)))
-            except ValueError as error:
-                raise ConfigError(f"{path / SAMPLES}, line {number} is not JSON ({error}): remove that line") from None
-    return found, len(lines) - len(found)
+    def refresh(self) -> None:
+        """Note where those are that were added since.
 
-
-def _lines_by_step(path: Path) -> list[tuple[int, int, int]]:
-    """Step, first byte and length of each whole line."""
-    if not path.is_file():
-        return []
-    lines, start = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
+        Raises:
+            ConfigError: a line is not what a run writes.
+        """
+        again, lines = self._file.new_lines()
+        if again:
+            self._lines = []
+        for start, line in lines:
             step = _STEP.match(line)
             if step is None:
-                raise ConfigError(f"{path}, line {number} is not a sampled response: remove that line")
-            lines.append((int(step[1]), start, len(line)))
-            start += len(line)
-    return lines
+                number = len(self._lines) + 1
+                raise ConfigError(f"{self._file.path}, line {number} is not a sampled response: remove that line")
+            self._lines.append((int(step[1]), start, len(line)))
+
+    def chosen(self, budget: int) -> tuple[list[dict[str, Any]], int]:
+        """Some of them, and how many are left out to keep within `budget` bytes of their file.
+
+        Their steps are at even distances, the last one among them, and remain chosen while a run goes on, until there
+        are twice as many.
+
+        Raises:
+            ConfigError: one of them is no JSON.
+        """
+        steps = sorted({step for step, _, _ in self._lines})
+        every = 1
+        while True:
+            chosen = {*steps[::every], *steps[-1:]}
+            size = sum(length for step, _, length in self._lines if step in chosen)
+            if size <= budget or every > len(steps):
+                break
+            every *= 2
+        found, left = [], budget
+        if not chosen:
+            return [], 0
+        with self._file.path.open("rb") as file:
+            for number, (step, start, length) in enumerate(self._lines, start=1):
+                if step not in chosen or length > left:
+                    continue
+                left -= length
+                file.seek(start)
+                found.append(parsed_line(file.read(length), f"{self._file.path}, line {number}"))
+        return found, len(self._lines) - len(found)
 
 
 def state(paths: Sequence[Path]) -> str:
@@ -156,15 +161,11 @@ def state(paths: Sequence[Path]) -> str:
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
-def _verifier_faults(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    """Sums over attempts: in each the counts begin anew."""
-    faults = []
-    for name in sorted(name for name in (metrics[-1] if metrics else {}) if name.startswith("verifier_")):
-        counts = [0, *(line.get(name, 0) for line in metrics)]
-        total = sum(now - before if now >= before else now for before, now in itertools.pairwise(counts))
-        if total:
-            fault = name.removeprefix("verifier_")
-            faults.append(
-                f"verifier: {total} answers, those of evaluations included, are wrong for the fault '{fault}'"
-            )
-    return faults
+def _verifier_faults(last: dict[str, Any]) -> list[str]:
+    """What a step's metrics say of all answers until then."""
+    return [
+        f"verifier: {last[name]} answers, those of evaluations included, are wrong for the fault "
+        f"'{name.removeprefix('verifier_')}'"
+        for name in sorted(name for name in last if name.startswith("verifier_"))
+        if last[name]
+    ]

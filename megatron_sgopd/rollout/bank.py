@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
-from megatron_sgopd.checkpoint.files import locked, sync_path, write_atomically
+from megatron_sgopd.checkpoint.files import locked, new_file, sync_path, write_atomically
 from megatron_sgopd.errors import ConfigError
 
 IDENTITY = "bank.json"
@@ -43,8 +45,10 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
-_ROW_GROUP = 1024
-"""About how many rollouts are read at a time."""
+_GROUP_ROLLOUTS = 1024
+"""About how many rollouts are read at a time, to look up one problem's,"""
+_GROUP_TOKENS = 1 << 17
+"""and about how many tokens, where that makes fewer rollouts; a problem's own are never divided."""
 _CACHED = 16
 """Row groups that a reader keeps."""
 
@@ -74,8 +78,8 @@ class StoredRollout:
     problem: str
     """Id of the prompt, without an epoch."""
     sample: int
-    token_ids: tuple[int, ...]
-    """Response tokens, the end-of-sequence token included where there is one."""
+    token_ids: array[int]
+    """Response tokens as 32-bit numbers, the end-of-sequence token included where there is one."""
     response: str
     """As text, without special tokens."""
     truncated: bool
@@ -85,6 +89,35 @@ class StoredRollout:
     """The answer as found in the response."""
     reason: str
     """Of the verifier."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of a part's parquet file."""
+
+    offset: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class _RowGroup(_Span):
+    problems: tuple[str, ...]
+    """In their order."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the .json of a part says."""
+
+    rows: int
+    approved: int
+    row_groups: tuple[_RowGroup, ...]
+    footer: _Span
+
+
+_PART = TypeAdapter(_Part)
+_IDENTITY_VALUES = TypeAdapter(dict[str, str | int | float])
 
 
 class RolloutBank:
@@ -97,7 +130,7 @@ class RolloutBank:
             ConfigError: a part's description cannot be read.
         """
         self.folder = folder
-        self._parts: dict[str, dict[str, Any]] = {}
+        self._parts: dict[str, _Part] = {}
         self._places: dict[str, tuple[str, int]] = {}
         self._read: OrderedDict[tuple[str, int], tuple[pa.Table, dict[str, tuple[int, int]]]] = OrderedDict()
         self.refresh()
@@ -108,15 +141,15 @@ class RolloutBank:
             if path.stem in self._parts:
                 continue
             try:
-                part = json.loads(path.read_bytes())
-                groups = [group["problems"] for group in part["row_groups"]]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                part = _PART.validate_json(path.read_bytes())
+            except (OSError, ValidationError) as error:
+                reason = " ".join(str(error).split())
                 raise ConfigError(
-                    f"{path} cannot be read ({error}): remove it, and its problems are made again"
+                    f"{path} cannot be read ({reason}): remove it, and its problems are made again"
                 ) from None
             self._parts[path.stem] = part
-            for index, problems in enumerate(groups):
-                self._places.update(dict.fromkeys(problems, (path.stem, index)))
+            for index, group in enumerate(part.row_groups):
+                self._places.update(dict.fromkeys(group.problems, (path.stem, index)))
 
     def __contains__(self, problem: str) -> bool:
         return problem in self._places
@@ -127,12 +160,12 @@ class RolloutBank:
     @property
     def rollouts(self) -> int:
         """Rollouts of all problems."""
-        return sum(part["rows"] for part in self._parts.values())
+        return sum(part.rows for part in self._parts.values())
 
     @property
     def approved(self) -> int:
         """How many of them the verifier approved."""
-        return sum(part["approved"] for part in self._parts.values())
+        return sum(part.approved for part in self._parts.values())
 
     def of(self, problem: str) -> list[StoredRollout]:
         """All rollouts of a problem, in order of sample; none if the bank has none.
@@ -149,18 +182,22 @@ class RolloutBank:
                 self._read.popitem(last=False)
         self._read.move_to_end(place)
         table, spans = self._read[place]
-        rows = table.slice(*spans[problem]).to_pylist()
-        return [StoredRollout(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
+        own = table.slice(*spans[problem])
+        tokens = own["token_ids"]
+        return [
+            StoredRollout(**row, token_ids=array("i", tokens[index].values.to_numpy().tobytes()))
+            for index, row in enumerate(own.drop_columns("token_ids").to_pylist())
+        ]
 
     def _row_group(self, name: str, index: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
         """The rollouts, and first row and number of each problem's."""
         path = self.folder / f"{name}.parquet"
-        described = self._parts[name]["row_groups"][index]
+        described = self._parts[name].row_groups[index]
         try:
             with path.open("rb") as file:
-                for what, span in (("footer", self._parts[name]["footer"]), (f"row group {index}", described)):
-                    file.seek(span["offset"])
-                    if _digest(file.read(span["bytes"])) != span["digest"]:
+                for what, span in (("footer", self._parts[name].footer), (f"row group {index}", described)):
+                    file.seek(span.offset)
+                    if _digest(file.read(span.bytes)) != span.digest:
                         raise ConfigError(
                             f"{path}, {what}: the bytes are not those that were written: the disk or a copy damaged "
                             f"them; remove {name}.parquet and {name}.json, and their problems are made again"
@@ -172,7 +209,7 @@ class RolloutBank:
         runs = [(problem, len(list(same))) for problem, same in itertools.groupby(problems)]
         starts = itertools.accumulate((count for _, count in runs), initial=0)
         spans = {problem: (start, count) for (problem, count), start in zip(runs, starts, strict=False)}
-        if list(spans) != described["problems"]:
+        if tuple(spans) != described.problems:
             raise ConfigError(
                 f"{path.with_suffix('.json')} names other problems than row group {index} has: remove both"
             )
@@ -192,22 +229,18 @@ class BankWriter:
         path = self._folder / f"{self._name}-{self._next:06d}.parquet"
         temporary = path.with_name(f"{path.name}.tmp")
         groups = list(_row_groups(rollouts))
-        with pq.ParquetWriter(temporary, _SCHEMA) as writer:
+        with new_file(temporary) as file, pq.ParquetWriter(file, _SCHEMA) as writer:
             for group in groups:
-                writer.write_table(pa.Table.from_pylist([asdict(rollout) for rollout in group], _SCHEMA))
+                writer.write_table(_as_table(group))
         *spans, footer = _spans(temporary)
-        part = {
-            "rows": len(rollouts),
-            "approved": sum(rollout.outcome for rollout in rollouts),
-            "row_groups": [
-                {"problems": list(dict.fromkeys(rollout.problem for rollout in group)), **span}
-                for group, span in zip(groups, spans, strict=True)
-            ],
-            "footer": footer,
-        }
+        row_groups = tuple(
+            _RowGroup(**vars(span), problems=tuple(dict.fromkeys(rollout.problem for rollout in group)))
+            for group, span in zip(groups, spans, strict=True)
+        )
+        part = _Part(len(rollouts), sum(rollout.outcome for rollout in rollouts), row_groups, footer)
         sync_path(temporary)
         temporary.rename(path)
-        write_atomically(path.with_suffix(".json"), json.dumps(part).encode())
+        write_atomically(path.with_suffix(".json"), _PART.dump_json(part))
         self._next += 1
 
 
@@ -259,10 +292,11 @@ def check_identity(folder: Path, identity: BankIdentity) -> None:
     """
     path = folder / IDENTITY
     try:
-        stored = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        stored = _IDENTITY_VALUES.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{folder} is no bank of rollouts ({path.name}: {error}): make one with `megatron-sgopd teacher-rollouts "
+            f"{folder} is no bank of rollouts ({path.name}: {reason}): make one with `megatron-sgopd teacher-rollouts "
             "RECIPE`, or `megatron-sgopd eval`"
         ) from None
     wanted = asdict(identity)
@@ -276,18 +310,33 @@ def check_identity(folder: Path, identity: BankIdentity) -> None:
 
 
 def _row_groups(rollouts: Sequence[StoredRollout]) -> Iterator[list[StoredRollout]]:
-    """Pieces of about `_ROW_GROUP` rollouts that keep a problem's together."""
+    """Pieces of about `_GROUP_ROLLOUTS` rollouts or `_GROUP_TOKENS` tokens that keep a problem's together."""
     group: list[StoredRollout] = []
+    tokens = 0
     for rollout in rollouts:
-        if len(group) >= _ROW_GROUP and rollout.problem != group[-1].problem:
+        full = len(group) >= _GROUP_ROLLOUTS or tokens >= _GROUP_TOKENS
+        if full and rollout.problem != group[-1].problem:
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(rollout)
+        tokens += len(rollout.token_ids)
     if group:
         yield group
 
 
-def _spans(path: Path) -> list[dict[str, Any]]:
+def _as_table(rollouts: Sequence[StoredRollout]) -> pa.Table:
+    flat, ends = array("i"), array("i", [0])
+    for rollout in rollouts:
+        flat.extend(rollout.token_ids)
+        ends.append(len(flat))
+    offsets, values = (pa.Array.from_buffers(pa.int32(), len(a), [None, pa.py_buffer(a)]) for a in (ends, flat))
+    columns = {name: [getattr(rollout, name) for rollout in rollouts] for name in _SCHEMA.names if name != "token_ids"}
+    return (
+        pa.table(columns | {"token_ids": pa.ListArray.from_arrays(offsets, values)}).select(_SCHEMA.names).cast(_SCHEMA)
+    )
+
+
+def _spans(path: Path) -> list[_Span]:
     """Offset, bytes and digest of each row group of a parquet file, and of the rest."""
     with path.open("rb") as file:
         metadata = pq.ParquetFile(file).metadata
@@ -300,7 +349,7 @@ def _spans(path: Path) -> list[dict[str, Any]]:
         spans = []
         for start, stop in itertools.pairwise(ends):
             file.seek(start)
-            spans.append({"offset": start, "bytes": stop - start, "digest": _digest(file.read(stop - start))})
+            spans.append(_Span(start, stop - start, _digest(file.read(stop - start))))
     return spans
 
 

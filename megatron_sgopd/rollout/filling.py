@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,8 @@ from megatron_sgopd.verify.stage import Verification
 
 _PART_ROLLOUTS = 2048
 """About how many are made before they are written; a worker that is killed loses no more than twice that."""
+_PART_TOKENS = 1 << 24
+"""Most tokens that those can have: while they are made, each takes 40 bytes of the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Answering(contextlib.AbstractContextManager["Answering"]):
     """A worker with its engine and its verifier processes."""
 
     def __init__(self, worker: Worker) -> None:
-        self._sampling = worker.sampling
+        self._sampling, self._max_new_tokens = worker.sampling, worker.rollout.max_new_tokens
         self._verification = Verification(worker.verify, worker.tokenizer)
         self.engine = RolloutEngine(worker.model, worker.rollout, worker.context_tokens, worker.sampling.seed)
 
@@ -145,17 +148,18 @@ class Answering(contextlib.AbstractContextManager["Answering"]):
     def progress(self, prompts: Sequence[Prompt], writer: BankWriter | None) -> Iterator[str]:
         """Generate, verify and write, and say so; a part is verified while the next one is generated."""
         samples = self._sampling.samples
+        together = max(1, min(_PART_ROLLOUTS, _PART_TOKENS // self._max_new_tokens) // samples)
         total, started, done, approved = len(prompts) * samples, time.monotonic(), 0, 0
         judging: tuple[Sequence[Trajectory], Callable[[], torch.Tensor]] | None = None
-        for part in [*itertools.batched(prompts, max(1, _PART_ROLLOUTS // samples)), ()]:
+        for part in [*itertools.batched(prompts, together), ()]:
             trajectories = sample_problems(self.engine, part, self._sampling) if part else []
             if judging is not None:
                 judged, outcomes = judging
                 approved += int(outcomes().sum())
                 done += len(judged)
-                rollouts = judged_rollouts(judged, self._verification.all_checked())
+                texts, results = self._verification.all_texts(), self._verification.all_results()
                 if writer is not None:
-                    writer.write(rollouts)
+                    writer.write(judged_rollouts(judged, texts, results))
                 rate = done / (time.monotonic() - started)
                 yield (
                     f"{done} of {total} rollouts, {approved / done:.0%} approved, {rate:.0f} a second, "
@@ -172,12 +176,14 @@ def sample_problems(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: 
 
 
 def judged_rollouts(
-    trajectories: Sequence[Trajectory], checked: Sequence[tuple[str, VerifierResult]]
+    trajectories: Sequence[Trajectory], texts: Sequence[str], results: Sequence[VerifierResult]
 ) -> list[StoredRollout]:
     """As they are kept in a bank."""
     return [
-        StoredRollout(t.prompt.problem, t.sample, t.token_ids, text, t.truncated, r.outcome, r.extracted, r.reason)
-        for t, (text, r) in zip(trajectories, checked, strict=True)
+        StoredRollout(
+            t.prompt.problem, t.sample, array("i", t.token_ids), text, t.truncated, r.outcome, r.extracted, r.reason
+        )
+        for t, text, r in zip(trajectories, texts, results, strict=True)
     ]
 
 

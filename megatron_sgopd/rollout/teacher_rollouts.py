@@ -126,7 +126,7 @@ class TeacherRollouts:
             counts[0] = sum(len(rollouts) for _, rollouts in found)
             counts[1] = sum(rollout.outcome for _, rollouts in found for rollout in rollouts)
             local = [
-                Trajectory(prompt, r.sample, r.token_ids, (), r.truncated, from_teacher=True)
+                Trajectory(prompt, r.sample, tuple(r.token_ids), (), r.truncated, from_teacher=True)
                 for prompt, rollouts in found
                 for r in rollouts
                 if r.outcome
@@ -160,9 +160,9 @@ class TeacherRollouts:
                 self._bank.refresh()
         trajectories = sample_problems(self._engine, prompts, self._sampling)
         self._verification.start(trajectories)()
-        rollouts = judged_rollouts(trajectories, self._verification.all_checked())
+        texts, results = self._verification.all_texts(), self._verification.all_results()
         if self._writer is not None:
-            self._writer.write(rollouts)
+            self._writer.write(judged_rollouts(trajectories, texts, results))
             self._bank.refresh()
 
     def release(self) -> None:

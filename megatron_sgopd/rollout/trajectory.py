@@ -84,16 +84,30 @@ def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors of different first sizes from all ranks."""
+    """Tensors of different first sizes from all ranks, on the host of every rank."""
+    padded, sizes = _padded(tensor)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[:size].cpu() for part, size in zip(parts, sizes, strict=True)]
+
+
+def gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Likewise on the first rank's host alone; nothing elsewhere."""
+    padded, sizes = _padded(tensor)
+    parts = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts)
+    return [part[:size].cpu() for part, size in zip(parts or (), sizes if parts else (), strict=True)]
+
+
+def _padded(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """The tensor on the device, as long as the longest of all ranks, and how long each rank's is."""
     from megatron_sgopd.platform import current
 
     device = current().device
     size = torch.tensor([tensor.shape[0]], device=device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    longest = int(max(sizes))
-    padded = torch.zeros((longest, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+    sizes = torch.empty(dist.get_world_size(), dtype=size.dtype, device=device)
+    dist.all_gather_into_tensor(sizes, size)
+    lengths = sizes.tolist()
+    padded = torch.zeros((max(lengths), *tensor.shape[1:]), dtype=tensor.dtype, device=device)
     padded[: tensor.shape[0]] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return [part[: int(n)].cpu() for part, n in zip(parts, sizes, strict=True)]
+    return padded, lengths

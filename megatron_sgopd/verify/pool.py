@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,10 @@ class PendingOutcomes:
 
     def __init__(self, futures: Sequence[Future[VerifierResult]]) -> None:
         self._futures = futures
+
+    def wait(self, limit: float) -> int:
+        """Wait for all results, for `limit` seconds at most; returns how many are still worked at."""
+        return len(wait(self._futures, limit).not_done)
 
     def result(self) -> list[VerifierResult]:
         """Wait for all results, in the order of the requests.

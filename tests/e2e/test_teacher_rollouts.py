@@ -204,7 +204,7 @@ def test_killing_a_worker_loses_no_finished_problem_and_doubles_none(
     for number in range(400):
         rollouts = bank.of(f"problem {number}")
         assert [rollout.sample for rollout in rollouts] == list(range(SAMPLES))
-        differing += len({rollout.token_ids for rollout in rollouts}) > 1
+        differing += len({tuple(rollout.token_ids) for rollout in rollouts}) > 1
     assert differing > 100, "samples have seeds of their own"
 
 
@@ -252,4 +252,4 @@ def test_training_from_a_bank_builds_no_teacher_engine(
         approved = [r for p in recorded["prompts"] for r in bank.of(p["id"].split(", ")[1]) if r.outcome]
         assert line["teacher_rollouts"] == len(approved) > 0
         found = sorted(tuple(t["token_ids"]) for t in recorded["trajectories"] if t["from_teacher"])
-        assert found == sorted(rollout.token_ids for rollout in approved)
+        assert found == sorted(tuple(rollout.token_ids) for rollout in approved)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def rollouts(problems: range, samples: int = 2) -> list[StoredRollout]:
         StoredRollout(
             f"problem {number}",
             sample,
-            tuple(range(number % 7 + sample)),
+            array("i", range(number % 7 + sample)),
             f"response {number} \u2713",
             truncated=number % 5 == 0,
             outcome=(number + sample) % 2,

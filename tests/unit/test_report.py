@@ -1,6 +1,7 @@
 """What the report reads and shows; tests/e2e/test_report.py opens it in a browser."""
 
 import json
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 import yaml
 
 from megatron_sgopd.cli import main
-from megatron_sgopd.report.contents import SERIES_POINTS, contents
+from megatron_sgopd.report.contents import SERIES_POINTS, Contents
 from megatron_sgopd.report.page import write_page
-from megatron_sgopd.report.runs import read_run, read_samples, state
+from megatron_sgopd.report.runs import Samples, read_run, state
 
 STAGES = ("sync", "generate", "pack", "verify", "teacher", "reference", "train", "record")
 
@@ -71,6 +72,16 @@ def random_tokens(rng: np.random.Generator, count: int, words: list[str]) -> dic
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def contents(paths: list[Path]) -> dict[str, Any]:
+    return Contents(paths)()
+
+
+def read_samples(run: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
+    samples = Samples(run / "samples.jsonl")
+    samples.refresh()
+    return samples.chosen(budget)
 
 
 def test_a_page_of_500_steps_stays_below_ten_megabytes_whatever_was_sampled(tmp_path: Path) -> None:
@@ -188,17 +199,63 @@ def test_what_stopped_a_run_is_said(tmp_path: Path) -> None:
         "rank 0: step 3: loss is nan: lower train.learning_rate",
         "metrics.jsonl: its last line is cut off, as of a run that was killed, and is left out",
     ]
-    assert [line["step"] for line in read_run(run).metrics] == [1, 2, 3]
+    assert [line["step"] for line in read_run(run).recent] == [1, 2, 3]
 
 
-def test_verifier_faults_are_summed_over_attempts(tmp_path: Path) -> None:
+def test_the_last_step_says_how_many_answers_were_faulty(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 5)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line, count in zip(lines, (1, 4, 4, 2, 3), strict=True):
+    for line, count in zip(lines, (1, 4, 4, 6, 7), strict=True):
         line |= {"verifier_timeout": count, "verifier_memory": 0}
     write_lines(run / "metrics.jsonl", lines)
     [alarm] = read_run(run).alarms
     assert alarm.startswith("verifier: 7 answers") and "'timeout'" in alarm
+
+
+def test_numbers_that_are_none_leave_a_gap_and_the_page_stays_json(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"loss": math.inf, "grad_norm": -math.inf}
+    lines[2] |= {"loss": math.nan, "stage_seconds": {"train": math.nan}}
+    lines[3] |= {"loss": 2.0}
+    write_lines(run / "metrics.jsonl", lines)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    samples[0]["tokens"]["delta"][0] = math.inf
+    write_lines(run / "samples.jsonl", samples)
+    write_page([run], tmp_path / "report.html")
+    [found] = contents([run])["runs"]
+    json.dumps(found, allow_nan=False)
+    assert found["series"]["loss"] == [None, None, None, 2.0]
+    assert found["samples"][0]["tokens"]["delta"][0] is None
+
+
+def test_a_page_that_follows_a_run_is_the_one_made_at_its_end(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 60)
+    names = ("metrics.jsonl", "samples.jsonl")
+    whole = {name: (run / name).read_bytes() for name in names}
+    follow = Contents([run])
+    for part in (0.2, 0.6, 0.3, 1.0):  # in the third, steps are cut off to be done again
+        for name in names:
+            content = whole[name] if part != 0.6 else whole[name].replace(b"1", b"2")
+            (run / name).write_bytes(content[: int(part * len(content))])
+        if part != 0.6:
+            assert {**follow(), "made": ""} == {**contents([run]), "made": ""}
+        else:
+            follow()
+
+
+def test_a_long_run_makes_a_curve_of_as_many_points_with_narrower_intervals(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    run = write_run(tmp_path / "run", 1)
+    rates = (rng.random(8000) < 0.5).astype(float).tolist()
+    write_lines(
+        run / "metrics.jsonl",
+        [{"step": step, "pass_rate": rate, "seconds": 1.0} for step, rate in enumerate(rates, start=1)],
+    )
+    [group] = contents([run])["groups"]
+    assert len(group["training"]) == 40 and group["training"][0][0] == 100.5
+    halves = [(high - low) / 2 for _, _, low, high, _ in group["training"]]
+    assert 0.8 < np.mean(halves) / (1.96 * 0.5 / 200**0.5) < 1.2, "as of 200 steps that know nothing of each other"
 
 
 def test_a_summary_of_fewer_steps_is_not_the_end(tmp_path: Path) -> None:
@@ -232,5 +289,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "samples.jsonl, line 1 is not" in refusal(capsys, run)
     (run / "samples.jsonl").unlink()
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
-    assert "metrics.jsonl, line 2 is not JSON" in refusal(capsys, run)
+    assert "metrics.jsonl, the line at byte 12 is not JSON" in refusal(capsys, run)
+    (run / "metrics.jsonl").write_text("nonsense\n" + '{"step": 1, "seconds": 1.0, "pass_rate": 0.5}\n' * 20)
+    assert "metrics.jsonl, line 1 is not JSON" in refusal(capsys, run)
     assert not list(tmp_path.glob("**/*.html"))
