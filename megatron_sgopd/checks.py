@@ -20,8 +20,10 @@ from megatron_sgopd.objective.methods import Method, method_from_settings
 from megatron_sgopd.platform import gpu_memory
 from megatron_sgopd.platform.cuda import check_precision
 from megatron_sgopd.rollout.bank import IDENTITY, BankIdentity, RolloutBank, check_identity
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts
+from megatron_sgopd.rollout.prompt_cache import load_prompts
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet, check_not_empty
 from megatron_sgopd.rollout.teacher_rollouts import bank_folder, teacher_engine, teacher_worker
+from megatron_sgopd.rollout.tokenizer import load_tokenizer
 from megatron_sgopd.verify.base import resolve_verifier
 
 
@@ -66,12 +68,13 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
         )
     _check_lengths(settings, student, teacher, row_tokens)
     tokenizer = common_tokenizer(settings)
-    heldout: Sequence[Prompt] = ()
-    if settings.data.heldout is not None:
-        heldout = load_prompts(_limited(settings.data.heldout, settings, row_tokens), tokenizer)
-    train = load_prompts(_limited(settings.data.train, settings, row_tokens), tokenizer, exclude=heldout)
+    sources = [source for source in (settings.data.train, settings.data.heldout) if source is not None]
+    train, *others = load_prompts([_limited(s, settings, row_tokens) for s in sources], settings.model.path)
+    heldout: Sequence[Prompt] = others[0] if others else ()
+    train = train.without(heldout)
+    check_not_empty(train, settings.data.train.source)
     if settings.verify.verifier == "task":
-        check_task_scorers((train, heldout))
+        check_task_scorers([train, *others])
     if len(train) < settings.rollout.prompts_per_step:
         raise ConfigError(
             f"data.train has {len(train)} prompts, fewer than rollout.prompts_per_step="
@@ -85,7 +88,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
 _NO_METHOD_FIELDS = ("method", "logprob_chunk_tokens", "updates_per_batch")
 
 
-def check_task_scorers(sets: Iterable[Sequence[Prompt]]) -> None:
+def check_task_scorers(sets: Iterable[PromptSet]) -> None:
     """Check that verifier `task` has a scorer for all prompts.
 
     Raises:
@@ -93,7 +96,7 @@ def check_task_scorers(sets: Iterable[Sequence[Prompt]]) -> None:
     """
     from megatron_sgopd.verify.tasks import scorer
 
-    for task in {prompt.task for prompts in sets for prompt in prompts}:
+    for task in {task for prompts in sets for task in prompts.tasks}:
         scorer(task)
 
 
@@ -195,20 +198,6 @@ def common_tokenizer(settings: Settings) -> Any:
                 f"{settings.teacher.path}: make tokenizer_config.json of both agree"
             )
     return student
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the tokenizer in {path} cannot be read: {error}") from None
 
 
 def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -> None:

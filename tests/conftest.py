@@ -1,5 +1,6 @@
 """Fixtures that several test folders share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ from hypothesis import settings
 # Times of single examples say nothing on a shared machine.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_prompts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In place of the user's own, for what tests start too."""
+    os.environ["SGOPD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

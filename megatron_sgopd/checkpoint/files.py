@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +97,23 @@ def model_digest(folder: Path, samples: int = 16, sample_bytes: int = 1 << 20) -
                 file.seek(max(0, size - sample_bytes) * index // max(1, samples - 1))
                 digest.update(file.read(sample_bytes))
     return digest.hexdigest()
+
+
+def check_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Check that files, or what they are links to, lie in a folder; a hub cache's folder has them in its `blobs`.
+
+    Raises:
+        ConfigError: naming the first that does not: it may be anybody's, and end up in an output.
+    """
+    top = folder.resolve()
+    blobs = [top.parent.parent / "blobs"] if top.parent.name == "snapshots" else []
+    for file in files:
+        real = file.resolve()
+        if not any(real.is_relative_to(allowed) for allowed in (top, *blobs)):
+            raise ConfigError(
+                f"{file} leads out of its folder, to {real}: it is not read; put the file itself there, or name the "
+                "folder that it is in"
+            )
 
 
 class Staging:

@@ -19,7 +19,7 @@ from megatron_sgopd.checkpoint.convert import Options, Ranks, to_huggingface
 from megatron_sgopd.checkpoint.files import CONVERSION, write_atomically
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader
-from megatron_sgopd.checks import check_task_scorers, load_tokenizer
+from megatron_sgopd.checks import check_task_scorers
 from megatron_sgopd.config import ALONE_MEMORY_FRACTION, PromptSettings, Recipe, RolloutSettings, VerifySettings
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.evaluation.benchmarks import benchmark_prompts
@@ -33,7 +33,9 @@ from megatron_sgopd.recipe import load_recipe
 from megatron_sgopd.rollout.bank import RolloutBank
 from megatron_sgopd.rollout.engine import replicas
 from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, load_prompts, prompt_texts
+from megatron_sgopd.rollout.prompt_cache import load_prompts
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet, prompt_texts
+from megatron_sgopd.rollout.tokenizer import load_tokenizer
 from megatron_sgopd.verify.base import resolve_verifier
 
 RESULTS = "results.json"
@@ -58,7 +60,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     sources = _sources(arguments, recipe)
     architecture = _architecture(arguments)
     tokenizer = load_tokenizer(str(architecture.folder))
-    sets = [ProblemSet(name, source, load_prompts(source, tokenizer)) for name, source in sources]
+    loaded = load_prompts([source for _, source in sources], str(architecture.folder))
+    sets = [ProblemSet(name, source, prompts) for (name, source), prompts in zip(sources, loaded, strict=True)]
     if verify.verifier == "task":
         check_task_scorers(s.prompts for s in sets)
     context = _context_tokens(sets, rollout, architecture)

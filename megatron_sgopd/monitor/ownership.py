@@ -10,13 +10,17 @@ from pathlib import Path
 from megatron_sgopd.errors import ConfigError
 
 
-def check_ours(folder: Path, private: bool) -> None:
+def check_ours(folder: Path, private: bool, setting: str = "run_dir") -> None:
     """Check that nobody but this user, or the folder's group if it is not private, can have put files into a folder.
+
+    Args:
+        setting: that names the folder.
 
     Raises:
         ConfigError: naming the first file that another user owns, or can write.
     """
     top = folder.stat()
+    shareable = "; for a folder that a group shares, set private to false" if setting == "run_dir" else ""
     # Permissions within count for those alone who can enter the folder.
     by_others = stat.S_IWOTH if top.st_mode & stat.S_IXOTH else 0
     by_group = stat.S_IWGRP if top.st_mode & stat.S_IXGRP else 0
@@ -26,13 +30,13 @@ def check_ours(folder: Path, private: bool) -> None:
         if found.st_uid != os.geteuid() and not shared:
             raise ConfigError(
                 f"{path} belongs to another user (number {found.st_uid}), and going on would believe what it says: "
-                "choose another run_dir; for a folder that a group shares, set private to false"
+                f"choose another {setting}{shareable}"
             )
         writable = found.st_mode & (by_others if shared else by_others | by_group)
         if writable and not stat.S_ISLNK(found.st_mode):
             raise ConfigError(
                 f"{path} can be written by others, and going on would believe what it says: if nobody did, "
-                f"`chmod -R g-w,o-w {folder}`; for a folder that a group shares, set private to false"
+                f"`chmod -R g-w,o-w {folder}`{shareable}"
             )
 
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_sgopd.checks import load_tokenizer
 from megatron_sgopd.cli import main
 from megatron_sgopd.evaluation.benchmarks import benchmark_prompts
 from megatron_sgopd.evaluation.contamination import overlapping
 from megatron_sgopd.rollout.bank import RolloutBank
-from megatron_sgopd.rollout.prompts import load_prompts
+from megatron_sgopd.rollout.prompts import read_prompts
+from megatron_sgopd.rollout.tokenizer import load_tokenizer
 
 from .conftest import RECIPE, REPOSITORY, STUDENT, Finished
 
@@ -39,7 +39,7 @@ def test_benchmarks_are_read_by_their_own_column_names(name: str, suffix: str, t
         path.write_text("".join(json.dumps(row) + "\n" for row in SHAPES[name]))
     else:
         pq.write_table(pa.Table.from_pylist(SHAPES[name]), path)
-    [prompt] = load_prompts(benchmark_prompts(path), load_tokenizer(str(STUDENT)))
+    [prompt] = read_prompts(benchmark_prompts(path), load_tokenizer(str(STUDENT)))
     assert f"{SENTENCE}4 - 1 =" in prompt.text
     assert float(prompt.answer) == 3
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, PromptStream, load_prompts
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet, PromptStream, check_not_empty, read_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
@@ -55,12 +55,15 @@ def write_lines(path: Path, *lines: object) -> PromptSettings:
     return PromptSettings(source=str(path))
 
 
-def load(settings: PromptSettings, exclude: PromptSet | tuple[()] = ()) -> PromptSet:
-    return load_prompts(settings, TOKENIZER, exclude)
+def load(settings: PromptSettings, exclude: PromptSet | tuple[()] = (), tokenizer: Any = TOKENIZER) -> PromptSet:
+    """As the reader's process does, in this one."""
+    prompts = PromptSet.of(read_prompts(settings, tokenizer)).without(exclude)
+    check_not_empty(prompts, settings.source)
+    return prompts
 
 
 def numbered(count: int) -> PromptSet:
-    return PromptSet(Prompt(f"problem {i}", str(i), (i, i + 1), "0", "", {}) for i in range(count))
+    return PromptSet.of(Prompt(f"problem {i}", str(i), (i, i + 1), "0", "", {}) for i in range(count))
 
 
 # ---- Sources ---------------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def test_text_of_digits_stays_text_beside_messages_in_a_folder(tmp_path: Path) -
 
 def test_without_template_prompts_are_taken_as_they_are(tmp_path: Path) -> None:
     settings = PromptSettings(source=write_lines(tmp_path / "p.jsonl", ROWS[1]).source, chat_template=False)
-    (prompt,) = load_prompts(settings, byte_tokenizer(chat_template=None))
+    (prompt,) = load(settings, (), byte_tokenizer(chat_template=None))
     assert prompt.text == "1 + 1 ="
     assert TOKENIZER.decode(prompt.token_ids) == "<s>1 + 1 ="
 
@@ -225,9 +228,9 @@ def test_digest_tells_any_change() -> None:
     sets += [[Prompt(**{**vars(prompt), name: value}), other] for name, value in fields.items()]
     sets += [[Prompt(**{**vars(prompt), "token_ids": (2, 1)}), other]]
     sets += [[Prompt(**{**vars(prompt), "token_ids": (1,)}), Prompt(**{**vars(other), "token_ids": (2, 3)})]]
-    digests = [PromptSet(prompts).digest for prompts in sets]
+    digests = [PromptSet.of(prompts).digest for prompts in sets]
     assert len(set(digests)) == len(sets)
-    assert digests[0] == PromptSet([prompt, other]).digest
+    assert digests[0] == PromptSet.of([prompt, other]).digest
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
@@ -297,7 +300,7 @@ def test_the_order_is_that_of_earlier_versions() -> None:
 
 def refusal(settings: PromptSettings, tokenizer: Any = TOKENIZER, exclude: Any = ()) -> str:
     with pytest.raises(ConfigError) as error:
-        load_prompts(settings, tokenizer, exclude)
+        load(settings, exclude, tokenizer)
     assert "\n" not in str(error.value)
     return str(error.value)
 

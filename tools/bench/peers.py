@@ -85,14 +85,12 @@ def endless(model: Path, folder: Path) -> Path:
 
 def compared(case: Case, repetitions: int, folder: Path) -> list[Figure]:
     """Medians over the repetitions of each one's responses a second, and our lead."""
-    from transformers import AutoTokenizer
-
     from megatron_sgopd.recipe import load_recipe
-    from megatron_sgopd.rollout.prompts import load_prompts
+    from megatron_sgopd.rollout.prompt_cache import load_prompts
 
     recipe, prompts = load_recipe(example.RECIPE), folder / f"{case.name}.json"
     batch = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-    problems = load_prompts(recipe.data.train, AutoTokenizer.from_pretrained(case.student))
+    [problems] = load_prompts([recipe.data.train], str(case.student))
     prompts.write_text(json.dumps([prompt.text for prompt in problems]))
     rates: dict[str, list[float]] = {"ours": [], "TRL's": []}
     lengths: dict[str, list[float]] = {"ours": [], "TRL's": []}

@@ -1,0 +1,74 @@
+"""python -m megatron_sgopd.rollout.prompt_reader MODEL MEMORY_LIMIT    (started by prompt_cache.py)
+
+Reads sources of prompts and tokenizes them: a JSON line in, [settings, path of the result], and lines out, of progress
+and of the end. What it reads is hostile, so that it has a limit of memory, and no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_sgopd.checkpoint.files import new_file
+from megatron_sgopd.config import PromptSettings
+from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.rollout.prompts import read_prompts, write_prompts
+from megatron_sgopd.rollout.tokenizer import load_tokenizer
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+
+    def reply(**said: Any) -> None:
+        print(json.dumps(said), file=replies, flush=True)
+
+    model, memory_limit = sys.argv[1], int(sys.argv[2])
+    tokenizer = None
+    sys.addaudithook(refuse_network)
+    for line in sys.stdin:
+        values, out = json.loads(line)
+        try:
+            if tokenizer is None:
+                tokenizer = load_tokenizer(model)
+                _limit_memory(memory_limit)
+            with new_file(Path(out)) as file:
+                write_prompts(read_prompts(PromptSettings(**values), tokenizer), file, lambda read: reply(read=read))
+                os.fsync(file.fileno())
+        except ConfigError as error:
+            reply(error=str(error))
+        except MemoryError:
+            reply(
+                error=f"{values['source']}: a prompt, a file that unpacks to far more than it is, or the chat template "
+                f"of {model} takes more than {memory_limit >> 30} GiB of memory: leave it out"
+            )
+        except OSError as error:
+            reply(error=f"{out} cannot be written ({error.strerror}): free some space, or set SGOPD_CACHE")
+        else:
+            reply(whole=True)
+
+
+def refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: what is read is on this machine, whatever a data set says.
+
+    Raises:
+        PermissionError: in place of a connection, or of a look-up of a name.
+    """
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        raise PermissionError(f"a data set must not reach for the network ({arguments[-1]!r})")
+
+
+def _limit_memory(limit: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    total = pages * resource.getpagesize() + limit
+    resource.setrlimit(resource.RLIMIT_AS, (total, total))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()
