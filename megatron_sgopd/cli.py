@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -19,14 +18,17 @@ from megatron_sgopd.arguments import add_set
 from megatron_sgopd.checkpoint.commands import add_commands
 from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.cluster.command import add_commands as add_planning
+from megatron_sgopd.common.console import printable_output
+from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.compare.command import add_command as add_compare
-from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.errors import ConfigError, Unavailable
 from megatron_sgopd.evaluation.command import add_command as add_eval
 from megatron_sgopd.monitor.attempts import OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
 from megatron_sgopd.precision.command import add_command as add_noise_floor
 from megatron_sgopd.processes import (
+    RUN_HELD,
     SAFE_PATH,
     STOP_SIGNALS,
     adopt_slurm_ranks,
@@ -52,7 +54,11 @@ _LONGEST_STOP = 24 * 3600
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input gives one message on stderr and exit code 2."""
-    arguments = _parser().parse_args(argv)
+    with printable_output():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # third parties'; python -W default shows them
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA
@@ -61,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"megatron-sgopd: {error}", file=sys.stderr)
         return BAD_INPUT
+    except Unavailable as error:
+        print(f"megatron-sgopd: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
 
@@ -123,15 +132,15 @@ def _train(arguments: argparse.Namespace) -> int:
         return _train_as_rank(recipe, flags)
     if _is_finished(recipe):
         return 0
-    with claimed(run_folder(recipe)):  # the first rank keeps it for itself, once it has started
+    with claimed(run_folder(recipe)):  # until the ranks have ended
         write_resolved(recipe)
-    return _launch(flags, recipe.parallel.ranks, Path(recipe.run_dir))
+        return _launch(flags, recipe.parallel.ranks, Path(recipe.run_dir))
 
 
 def _is_finished(recipe: Recipe) -> bool:
     """Whether the run folder has all steps of its recipe already; shows what came of them."""
     path = Path(recipe.run_dir) / SUMMARY
-    summary = json.loads(path.read_text()) if path.exists() else {"steps": 0}
+    summary = read_json(path) if path.exists() else {"steps": 0}
     if summary["steps"] < recipe.train.steps or newest_step(path.parent / "checkpoints") < recipe.train.steps:
         return False
     rates = ", ".join(f"{name} {summary[name]:.1%}" for name in ("before", "after", "teacher") if summary[name])
@@ -175,7 +184,7 @@ def _launch(flags: Sequence[str], ranks: int, run_dir: Path) -> int:
             stderr=launcher_log,
             start_new_session=True,  # Ctrl-C reaches every process of a session's terminal; it is to be handed on once
             preexec_fn=die_with_parent,
-            env={"OMP_NUM_THREADS": threads, **os.environ, **_LOCAL_ENVIRONMENT, **SAFE_PATH},
+            env={"OMP_NUM_THREADS": threads, **os.environ, **_LOCAL_ENVIRONMENT, **SAFE_PATH, RUN_HELD: str(run_dir)},
         )
         code = _wait_handing_signals_on(process)
     if code == 0:

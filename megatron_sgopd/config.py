@@ -258,7 +258,7 @@ class LoggingSettings:
     record: str | None = None
     """Folder that receives each step's batch (safetensors and JSON)."""
     replay: str | None = None
-    """Folder of recorded batches to train on instead of generating."""
+    """Folder of recorded batches to train on instead of generating; after the last one the first follows again."""
 
 
 @dataclass(frozen=True, config=_STRICT)

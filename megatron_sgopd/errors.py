@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """
 
 
+class Unavailable(RuntimeError):
+    """Something that passes was in the way, such as a port in use: the same command may go on a little later."""
+
+
 class Alarm(RuntimeError):
     """A running job went wrong in a way that would otherwise stay silent; the message diagnoses it."""
 

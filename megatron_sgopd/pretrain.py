@@ -5,6 +5,8 @@ A ready Megatron script with the plugin registered; `megatron-sgopd train RECIPE
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,14 @@ from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.config import Settings, parse_flags
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.output import EXIT_STOPPED, Result, claimed, reporting_errors, run_folder
-from megatron_sgopd.processes import begin_rank, end_with_rank, hold_stop_signals, is_first_rank, rendezvous
+from megatron_sgopd.processes import (
+    RUN_HELD,
+    begin_rank,
+    end_with_rank,
+    hold_stop_signals,
+    is_first_rank,
+    rendezvous,
+)
 
 
 def main(prepare: Callable[[], None] = lambda: None) -> int:
@@ -32,7 +41,8 @@ def main(prepare: Callable[[], None] = lambda: None) -> int:
         _wait_if_stopped(result)
         return result.code
     checkpoints = run_dir / "checkpoints"
-    with claimed(run_dir):
+    held = os.environ.get(RUN_HELD) == str(run_dir)  # by `megatron-sgopd train`, which lives as long
+    with contextlib.nullcontext() if held else claimed(run_dir):
         prepare()
         begin_attempt(run_dir, newest_step(checkpoints))
         result = _train(settings)

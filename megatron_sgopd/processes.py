@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import ipaddress
 import multiprocessing
 import os
@@ -11,16 +12,21 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.errors import ConfigError, Unavailable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop: preemption, a batch system's warning before the time limit, Ctrl-C."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Environment of processes that are started: they import nothing from the folder that the user happens to be in."""
+PORT_PATIENCE = 60.0
+"""Seconds for which a port may be in use: that of a job's last attempt is for a while."""
+RUN_HELD = "SGOPD_RUN_HELD"
+"""Environment variable by which a launcher tells ranks that it has claimed their run folder."""
 _PR_SET_PDEATHSIG = 1
 _RANK_PID = "SGOPD_RANK_PID"
 _FIRST_PARENT = os.getppid()
@@ -103,7 +109,8 @@ def rendezvous() -> Any:
     torchrun has made one already.
 
     Raises:
-        ConfigError: the first rank cannot listen on MASTER_ADDR.
+        ConfigError: MASTER_ADDR is not the first rank's.
+        Unavailable: the port is in use for long, or the first rank does not answer.
     """
     import torch.distributed as dist
 
@@ -111,9 +118,15 @@ def rendezvous() -> Any:
         return None
     host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
     listener = listen(host, port).detach() if rank == 0 else None
-    return dist.TCPStore(
-        host, port, int(os.environ["WORLD_SIZE"]), rank == 0, _LONGEST_START, master_listen_fd=listener
-    )
+    try:
+        return dist.TCPStore(
+            host, port, int(os.environ["WORLD_SIZE"]), rank == 0, _LONGEST_START, master_listen_fd=listener
+        )
+    except dist.DistError as error:
+        raise Unavailable(
+            f"rank {rank} waited for the others at MASTER_ADDR={host}, MASTER_PORT={port} in vain ({error}): see what "
+            "became of them, and start again"
+        ) from None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -121,17 +134,29 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises:
         ConfigError: this machine cannot listen there.
+        Unavailable: the port was in use all the time that was waited for it.
     """
-    try:
-        family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # Some distributions give a machine's own name a loopback address, which no other machine can reach.
-        only_here = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
-        return socket.create_server(("" if only_here else address, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"the first rank cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror}): let them be "
-            "an address of the node that it runs on, and a port that is free there"
-        ) from None
+    deadline = time.monotonic() + PORT_PATIENCE
+    while True:
+        try:
+            return _listen(host, port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                time.sleep(1)
+                continue
+            said = (
+                f"the first rank cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror}): let them "
+                "be an address of the node that it runs on, and a port that is free there"
+            )
+            passes = error.errno in (errno.EADDRINUSE, socket.EAI_AGAIN)
+            raise (Unavailable if passes else ConfigError)(said) from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    # Some distributions give a machine's own name a loopback address, which no other machine can reach.
+    only_here = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
+    return socket.create_server(("" if only_here else address, port), family=family)
 
 
 def local_rank() -> int:

@@ -13,6 +13,7 @@ from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout, method_of
 from megatron_sgopd.cluster.hardware import Device, device
 from megatron_sgopd.cluster.plan import Plan, planner_of, setup_of, teacher_engine_bytes
+from megatron_sgopd.common.data_files import read_yaml
 from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_fp8, training_flags
@@ -54,12 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: unreadable file, bad YAML, unknown setting, value out of range.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must hold sections such as `model:` and `train:`, not {values!r}")
     for override in overrides:
@@ -172,7 +168,7 @@ def _changes(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     trained = any((path.parent / name).exists() for name in ("checkpoints", METRICS))
     if not (trained and path.is_file()):
         return {}
-    earlier, now = (_flat(values) for values in (yaml.safe_load(path.read_text()), as_dict(recipe)))
+    earlier, now = (_flat(values) for values in (read_yaml(path), as_dict(recipe)))
     return {
         key: (earlier.get(key), now.get(key))
         for key in earlier.keys() | now.keys()
@@ -190,7 +186,13 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_resolved(recipe: Recipe) -> None:
-    """Keep the recipe with all its defaults in the run folder; says in which layout it goes on if that has changed."""
+    """Keep the recipe with all its defaults in the run folder, which the caller has claimed; says in which layout it
+    goes on if that has changed.
+
+    Raises:
+        ConfigError: the folder has become another run's since it was checked.
+    """
+    check_run_dir(recipe)
     if said := layout_changes(recipe):
         print(f"megatron-sgopd: {said}", flush=True)
     write_atomically(Path(recipe.run_dir) / RESOLVED, resolved_text(recipe).encode())

@@ -310,7 +310,12 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         verification,
         inputs,
         PromptStream(inputs.train, args.seed),
-        Recording(settings.logging.replay, settings.logging.record),
+        Recording(
+            settings.logging.replay,
+            settings.logging.record,
+            inputs.student.vocab_size,
+            inputs.train if settings.verify.verifier == "task" else None,
+        ),
         monitor,
         clock,
         args.seed,

@@ -12,9 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
-
+from megatron_sgopd.common.console import Terminal, styled
 from megatron_sgopd.monitor.attempts import read_attempts
 from megatron_sgopd.monitor.heartbeat import read_beats
 from megatron_sgopd.monitor.output import is_claimed
@@ -89,10 +87,10 @@ def _job(number: str) -> dict[str, str] | None:
 
 
 def _show(one: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     of = f" of {one['steps']}" if one["steps"] else ""
     left = f", left {timedelta(seconds=round(one['left_seconds']))}" if one["left_seconds"] else ""
-    console.print(Text(f"{one['run']}: {one['state']}, step {one['step']}{of}{left}", style="bold"))
+    console.print(styled(f"{one['run']}: {one['state']}, step {one['step']}{of}{left}", "bold"))
     for beat in sorted(one["stages"], key=lambda beat: beat["time"])[:1]:
         longest = f"rank {beat['rank']} on {beat['host']}"
         console.print(f"  in {beat['stage']} of step {beat['step'] + 1} for {beat['age_seconds']:.0f} s ({longest})")
@@ -103,11 +101,9 @@ def _show(one: dict[str, Any]) -> None:
         last = one["evaluations"][-1]
         console.print(f"  held-out pass rate {last['pass_rate']:.1%} ({last['name']}, step {last['step']})")
     if one["job"]:
-        console.print(
-            f"  Slurm: {one['job']['state']}, {one['job']['reason']}, start {one['job']['start']}", markup=False
-        )
+        console.print(f"  Slurm: {one['job']['state']}, {one['job']['reason']}, start {one['job']['start']}")
     for text in one["alarms"]:
-        console.print(f"  {text}", markup=False)
+        console.print(f"  {text}")
     for attempt in one["attempts"]:
         to = "" if attempt["reached"] is None else f" to {attempt['reached']}"
         job = f", job {attempt['job']}" if attempt["job"] else ""
@@ -115,4 +111,4 @@ def _show(one: dict[str, Any]) -> None:
         reason = attempt["reason"].partition("\n")[0][:_LONGEST_REASON]
         said = reason if outcome == "stopped" else f"{outcome}, {reason}" if reason else outcome
         words = f"{attempt['began']} on {attempt['host']}{job}, from step {attempt['step']}{to}: {said}"
-        console.print(f"  attempt {attempt['number']}  {words}", markup=False)
+        console.print(f"  attempt {attempt['number']}  {words}")

@@ -29,9 +29,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} # else vLLM
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node --oneliner "$first" | grep -oP '\bNodeAddr=\K\S+')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+# At random: another one for each attempt, and not to be foretold from the job's number.
+MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
 export MASTER_ADDR MASTER_PORT
 
+# The output may hold prompts and responses: it is its owner's alone, unless SGOPD_SHARED_OUTPUT is set.
+if [ -z "${SGOPD_SHARED_OUTPUT:-}" ] && [ -f "/proc/$$/fd/1" ]; then
+    chmod go= "/proc/$$/fd/1"
+fi
 echo "=== attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -Is), software $software"
 
 # run COMMAND …: every task runs `megatron-sgopd COMMAND …`; a signal that asks to stop reaches them all. Sets code.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sgopd.checkpoint.files import sync_path, write_atomically
+from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.errors import ConfigError
 
 MANIFEST = "manifest.json"
@@ -81,8 +82,8 @@ def check_complete(checkpoint: Path, with_digests: bool) -> None:
     if not path.is_file():
         raise ConfigError(f"{checkpoint.name} has no {MANIFEST}")
     try:
-        files = {name: FileRecord(**stored) for name, stored in json.loads(path.read_text())["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: FileRecord(**stored) for name, stored in read_json(path)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{checkpoint.name}/{MANIFEST} cannot be read ({error})") from None
     for name, expected in files.items():
         if not (checkpoint / name).is_file():

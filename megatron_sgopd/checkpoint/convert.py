@@ -36,6 +36,7 @@ from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.huggingface import HuggingFaceWeights
 from megatron_sgopd.models.provider import megatron_flags, padded_vocab_size
 from megatron_sgopd.models.weight_map import Parameter, parameter_count
+from megatron_sgopd.processes import rendezvous
 
 FLAGS = "megatron_flags.txt"
 """The flags with which stock Megatron builds the model of a converted checkpoint."""
@@ -76,7 +77,7 @@ class Ranks:
         )
         if size > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", store=rendezvous(), rank=rank, world_size=size)
         return cls(rank, size)
 
     def wait(self) -> None:

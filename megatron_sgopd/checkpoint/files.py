@@ -8,18 +8,19 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
+from megatron_sgopd.common.data_files import read_json
+from megatron_sgopd.common.ownership import check_ours
 from megatron_sgopd.errors import ConfigError
 
 CONVERSION = "conversion.json"
 """Where a conversion says what it made and how that was proven."""
-_JOB = "job.json"
 _WRITE_BYTES = 1 << 19
 
 
@@ -99,29 +100,14 @@ def model_digest(folder: Path, samples: int = 16, sample_bytes: int = 1 << 20) -
     return digest.hexdigest()
 
 
-def check_inside(folder: Path, files: Iterable[Path]) -> None:
-    """Check that files, or what they are links to, lie in a folder; a hub cache's folder has them in its `blobs`.
-
-    Raises:
-        ConfigError: naming the first that does not: it may be anybody's, and end up in an output.
-    """
-    top = folder.resolve()
-    blobs = [top.parent.parent / "blobs"] if top.parent.name == "snapshots" else []
-    for file in files:
-        real = file.resolve()
-        if not any(real.is_relative_to(allowed) for allowed in (top, *blobs)):
-            raise ConfigError(
-                f"{file} leads out of its folder, to {real}: it is not read; put the file itself there, or name the "
-                "folder that it is in"
-            )
-
-
 class Staging:
     """`OUT.partial`, where a conversion works until it may be called `OUT`. One that was cut off is gone on with."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out.with_name(f"{out.name}.partial")
+        self._job = out.with_name(f"{out.name}.partial.json")
+        """What the folder is of: beside it, so that the folder gets its name whole, in one move."""
 
     def check(self, job: Mapping[str, Any], needed_bytes: int) -> None:
         """Check that this conversion may start or go on, before anything is written.
@@ -131,12 +117,19 @@ class Staging:
             needed_bytes: what it will write.
 
         Raises:
-            ConfigError: the output exists, the disk is too small, or the work that was left is another job's.
+            ConfigError: the output exists, the disk is too small, or what was left is another job's, nobody's or
+                somebody else's.
         """
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} exists and is not an empty folder: remove it, or choose another output")
-        left = self.folder / _JOB
-        earlier = json.loads(left.read_text()) if left.is_file() else None
+        begun = os.path.lexists(self.folder)
+        if begun and (self.folder.is_symlink() or not self._job.is_file()):
+            raise ConfigError(
+                f"{self.folder} was begun by no conversion, or {self._job.name} beside it is gone: remove the folder"
+            )
+        if begun:
+            check_ours(self.folder, private=True, setting="output")
+        earlier = read_json(self._job) if begun else None
         if earlier is not None and earlier != job:
             changed = sorted(key for key in earlier.keys() | job.keys() if earlier.get(key) != job.get(key))
             raise ConfigError(
@@ -155,18 +148,22 @@ class Staging:
             )
 
     def begin(self, job: Mapping[str, Any]) -> None:
-        """Make the folder, marked as this job's."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / _JOB, json.dumps(job).encode())
+        """Make the folder, noted as this job's."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._job, json.dumps(job).encode())
+        self.folder.mkdir(mode=0o700, exist_ok=True)  # nobody else gets in before it is what it says
 
     def publish(self) -> None:
         """Give the finished folder its name."""
-        (self.folder / _JOB).unlink()
         for folder, _, _ in os.walk(self.folder):
             sync_path(Path(folder))
         if self.out.is_dir():
             self.out.rmdir()
+        umask = os.umask(0o077)
+        os.umask(umask)
+        self.folder.chmod(0o777 & ~umask)  # it is meant for others too
         self.folder.rename(self.out)
+        self._job.unlink()
         sync_path(self.out.absolute().parent)
 
     @contextmanager
@@ -202,8 +199,10 @@ def check_conversion(folder: Path) -> None:
     path = folder / CONVERSION
     if not path.is_file():
         return
-    record = json.loads(path.read_text())
-    for name, size in record["files"].items():
+    files = read_json(path).get("files")
+    if not isinstance(files, dict):
+        raise ConfigError(f"{path} lists no files: convert again")
+    for name, size in files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             raise ConfigError(f"{file} is not the file that {path} speaks of ({size} bytes): convert again")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron_sgopd.checkpoint.completeness import TRACKER, step_folder
 from megatron_sgopd.checkpoint.files import CONVERSION
 from megatron_sgopd.checkpoint.restricted import METADATA
+from megatron_sgopd.common.data_files import read_json, read_yaml
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import RESOLVED
 
@@ -52,14 +50,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RESOLVED
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {RESOLVED}")
-    return yaml.safe_load(path.read_text())
+    return read_yaml(path)
 
 
 def source_of(checkpoint: Path) -> Path:
     """The Hugging Face folder that a checkpoint was made from."""
     record = checkpoint.parent / CONVERSION
     if record.is_file():
-        return Path(json.loads(record.read_text())["source"])
+        return Path(str(read_json(record).get("source")))
     if (checkpoint.parent.parent / RESOLVED).is_file():
         return Path(read_run(checkpoint.parent.parent)["model"]["path"])
     raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sgopd.checkpoint.files import PieceWriter, sync_path, write_atomically
+from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import INDEX_FILE, SINGLE_FILE, Architecture
 from megatron_sgopd.models.weight_map import Parameter, owned_parameters
@@ -123,7 +124,7 @@ def write_companions(folder: Path, plan: ShardPlan, like: Path, dtypes: Iterable
     """
     if len(plan.members) > 1:
         write_atomically(folder / INDEX_FILE, json.dumps(plan.index(), indent=2).encode())
-    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+    config = read_json(like / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = _most_common(list(dtypes))
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())

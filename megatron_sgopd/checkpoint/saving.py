@@ -89,7 +89,7 @@ class Saves:
             raise ConfigError(error)
         if dist.get_rank() == 0:
             for reason in skipped:
-                console().print(f"checkpoint skipped: {reason}", markup=False)
+                console().print(f"checkpoint skipped: {reason}")
 
 
 def _share(seen: list[str]) -> list[str]:

@@ -9,11 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from megatron_sgopd.arguments import add_set
+from megatron_sgopd.common.console import Terminal, styled
 from megatron_sgopd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,14 +54,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from megatron_sgopd.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set) if arguments.recipe else None
-    console, worst = Console(highlight=False, soft_wrap=True), 0
+    console, worst = Terminal(), 0
     for finding in examine(recipe, generate=not arguments.no_generate):
         worst |= finding.level == "red"
         if arguments.json:
             print(json.dumps(asdict(finding)), flush=True)
         else:
             mark = {"green": "ok  ", "yellow": "look", "red": "BAD "}[finding.level]
-            console.print(Text.assemble((mark, finding.level), f" {finding.check:12} {finding.said}"))
+            console.print(styled(mark, finding.level), f"{finding.check:12} {finding.said}")
     return worst
 
 
@@ -196,7 +195,7 @@ def _show_own(judged: Plan | None, undivided: str | None) -> None:
     table.add_column("of which")
     for phase, parts in judged.phases.items():
         table.add_row(phase, f"{sum(parts.values()) / _GIB:.2f}", _parts(parts))
-    Console(highlight=False).print(table)
+    Terminal(soft_wrap=False).print(table)
     _show_times(judged)
 
 
@@ -260,5 +259,5 @@ def _show_assumptions() -> int:
         table.add_column(heading)
     for name, value, meaning in assumptions():
         table.add_row(name, f"{value:g}", meaning)
-    Console(highlight=False).print(table)
+    Terminal(soft_wrap=False).print(table)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.compare.table import Cell, Variant, best_rate, results_table, sweep_table, verdict
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.lines import read_json_lines
@@ -208,7 +208,7 @@ def _finished(job: Job) -> Cell | None:
     """What a run says; None if it has not ended."""
     if not (job.folder / SUMMARY).is_file():
         return None
-    summary = json.loads((job.folder / SUMMARY).read_text())
+    summary = read_json(job.folder / SUMMARY)
     [after] = [line for line in read_json_lines(job.folder / EVALUATIONS) if line["name"] == "after"]
     tokens = sum(step["tokens"] for step in read_json_lines(job.folder / METRICS))
     return Cell(job.seed, tuple(after["by_problem"]), summary["seconds"], tokens)

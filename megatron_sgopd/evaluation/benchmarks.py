@@ -44,10 +44,13 @@ def _first_row(path: Path) -> dict[str, Any]:
 
     try:
         if path.suffix == ".parquet":
-            batches = pq.ParquetFile(path).iter_batches(batch_size=1)
-            return next((row for batch in batches for row in batch.to_pylist()), {})
+            file = pq.ParquetFile(path)
+            known = [name for name in file.schema_arrow.names if name in (*_PROMPTS, *_ANSWERS)]
+            batches = file.iter_batches(batch_size=1, columns=known)
+            first: dict[str, Any] = next((row for batch in batches for row in batch.to_pylist()), {})
+            return dict.fromkeys(file.schema_arrow.names) | first
         with path.open(encoding="utf-8-sig") as file:
             row = json.loads(next((line for line in file if line.strip()), "{}"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as .jsonl or .parquet: {' '.join(str(error).split())}") from None
     return row if isinstance(row, dict) else {}

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from megatron_sgopd.checkpoint.convert import Options, Ranks, to_huggingface
 from megatron_sgopd.checkpoint.files import CONVERSION, write_atomically
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
 from megatron_sgopd.checkpoint.torch_dist import CheckpointReader
 from megatron_sgopd.checks import check_task_scorers
+from megatron_sgopd.common.console import Terminal
+from megatron_sgopd.common.data_files import read_json
+from megatron_sgopd.common.ownership import keep_private
 from megatron_sgopd.config import ALONE_MEMORY_FRACTION, PromptSettings, Recipe, RolloutSettings, VerifySettings
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.evaluation.benchmarks import benchmark_prompts
@@ -54,6 +55,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError at bad input, before a model is loaded."""
     ks = _ks(arguments.k, arguments.samples)
     recipe = _recipe(arguments)
+    if recipe is None or recipe.private:
+        keep_private()
     rollout, verify = _settings(arguments, recipe)
     replicas(launched_ranks(), rollout.tensor_parallel)
     resolve_verifier(verify.verifier)
@@ -145,7 +148,7 @@ def _model_folder(arguments: argparse.Namespace, architecture: Architecture) -> 
         to_huggingface(checkpoint, folder, architecture.folder, Options(verify="off"), Ranks(0, 1))
     while not folder.is_dir():  # the other ranks; the folder appears when it is whole
         time.sleep(0.1)
-    made_from = json.loads((folder / CONVERSION).read_text())["source_digest"]
+    made_from = read_json(folder / CONVERSION).get("source_digest")
     if made_from != CheckpointReader(checkpoint).digest:
         raise ConfigError(f"{folder} was made of another checkpoint than {checkpoint}: choose another --out")
     return folder
@@ -204,18 +207,17 @@ def _report(arguments: argparse.Namespace, parts: dict[str, Responses], ks: Sequ
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table(title=Text(f"{report['model']}: mean and 95 % interval over problems"))
+    table = Table(title=f"{report['model']}: mean and 95 % interval over problems")
     table.add_column("")
     for name, found in report["scores"].items():
-        table.add_column(Text(f"{name}\n{found['problems']} problems"), justify="right")
+        table.add_column(f"{name}\n{found['problems']} problems", justify="right")
     for measure in (name for name in next(iter(report["scores"].values())) if "@" in name):
         cells = (found[measure] for found in report["scores"].values())
         table.add_row(measure, *(f"{c['mean']:.1%} [{c['low']:.1%}, {c['high']:.1%}]" for c in cells))
-    console = Console(highlight=False)
+    console = Terminal(soft_wrap=False)
     console.print(table)
     for name, found in report["contamination"].items():
         console.print(
             f"{name}: {found['share']:.1%} share a run of words with training prompts"
             + (f" (problems {some(map(str, found['problems']))})" if found["problems"] else ""),
-            markup=False,
         )

@@ -6,12 +6,12 @@ else is refused by name, since a field that is silently ignored gives silently w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.common.data_files import check_inside, read_json
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.families import FAMILIES, REFUSED
 from megatron_sgopd.models.families.base import QK_NORM, QKV_BIAS, Family
@@ -124,6 +124,9 @@ _USED = frozenset(
 _EXPERT_FIELDS = frozenset(
     {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 )
+_LARGEST_SIZE = 1 << 24
+"""Beyond the largest models by far: a number without limit would take a table of weights as long."""
+_LARGEST = {"num_hidden_layers": 1024, "num_experts": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -189,8 +192,11 @@ def read_architecture(folder: str | Path, with_weights: bool = True) -> Architec
     def size(name: str, default: int | None = None) -> int:
         value = config.get(name)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{folder}/config.json: {name} = {value!r} must be a positive whole number")
+        if type(value) is not int or not 1 <= value <= _LARGEST.get(name, _LARGEST_SIZE):
+            raise ConfigError(
+                f"{folder}/config.json: {name} = {value!r} must be a positive whole number, of at most "
+                f"{_LARGEST.get(name, _LARGEST_SIZE)}"
+            )
         return value
 
     num_layers, hidden_size, heads = (
@@ -243,13 +249,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} has no config.json, only {_contents(folder)}: give a model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}, not an object with the model's fields")
-    return config
+    check_inside(folder, (entry for entry in folder.iterdir() if entry.is_symlink()))
+    return read_json(path)
 
 
 def _check_weights_present(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import INDEX_FILE, SINGLE_FILE, Architecture
 from megatron_sgopd.models.weight_map import Piece, Slab, owned_parameters
@@ -115,11 +115,10 @@ def _check_folder(architecture: Architecture) -> tuple[dict[str, str], dict[str,
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        placed = {str(key): str(file) for key, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read as an index of safetensors: {error!r}") from error
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(f"{path} cannot be read as an index of safetensors: its weight_map is {weight_map!r}")
+    placed = {str(key): str(file) for key, file in weight_map.items()}
     outside = [file for file in placed.values() if Path(file).name != file]
     if outside:
         raise ConfigError(f"{path} names files outside its folder: {some(outside)}")

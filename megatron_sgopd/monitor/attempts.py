@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.heartbeat import HEARTBEATS
 from megatron_sgopd.monitor.lines import append_json_line, is_cut, read_json_lines
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS
@@ -43,6 +46,9 @@ class Attempt:
     """In words."""
 
 
+_ATTEMPTS = TypeAdapter(list[Attempt])
+
+
 def begin_attempt(run_dir: Path, step: int) -> None:
     """Note that an attempt begins, by the first rank, before others have heartbeats: it removes the last attempt's.
 
@@ -67,16 +73,24 @@ def end_attempt(run_dir: Path, step: int, code: int, reason: str) -> None:
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All attempts, the oldest first; the last one may be going on."""
+    """All attempts, the oldest first; the last one may be going on.
+
+    Raises:
+        ConfigError: the file is not as a run writes it.
+    """
     attempts: list[dict[str, Any]] = []
-    for line in read_json_lines(run_dir / ATTEMPTS):
-        if line["event"] == "begin":
-            begun = {name: line[name] for name in ("step", "job", "host")}
-            attempts.append({"number": len(attempts) + 1, "began": line["time"], **begun})
-        else:
-            attempts[-1] |= {"ended": line["time"], "reached": line["step"]}
-            attempts[-1] |= {name: line[name] for name in ("outcome", "reason")}
-    return [Attempt(**attempt) for attempt in attempts]
+    try:
+        for line in read_json_lines(run_dir / ATTEMPTS):
+            if line["event"] == "begin":
+                begun = {name: line[name] for name in ("step", "job", "host")}
+                attempts.append({"number": len(attempts) + 1, "began": line["time"], **begun})
+            else:
+                attempts[-1] |= {"ended": line["time"], "reached": line["step"]}
+                attempts[-1] |= {name: line[name] for name in ("outcome", "reason")}
+        return _ATTEMPTS.validate_python(attempts)
+    except (KeyError, IndexError, ValidationError) as error:
+        reason = " ".join(repr(error).split())
+        raise ConfigError(f"{run_dir / ATTEMPTS} is not as a run writes it ({reason}): move it away") from None
 
 
 def _now() -> str:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_sgopd.config import AlarmSettings
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.output import LOGS
 from megatron_sgopd.processes import node_name
 
@@ -36,6 +39,9 @@ class Beat:
     """Seconds since the epoch."""
     limit: float
     """Seconds after which the rank ends itself if it is still there."""
+
+
+_BEAT = TypeAdapter(Beat)
 
 
 class Heartbeat:
@@ -98,9 +104,18 @@ def stack_file(run_dir: Path, rank: int) -> Path:
 
 
 def read_beats(run_dir: Path) -> list[Beat]:
-    """Every rank's last one, by rank."""
-    texts = [path.read_text() for path in (run_dir / HEARTBEATS).glob("rank-*")]
-    return sorted((Beat(**json.loads(text)) for text in texts if text), key=lambda beat: beat.rank)
+    """Every rank's last one, by rank.
+
+    Raises:
+        ConfigError: a record is not as a run writes it.
+    """
+    texts = {path: path.read_bytes() for path in (run_dir / HEARTBEATS).glob("rank-*")}
+    try:
+        beats = [_BEAT.validate_json(text) for text in texts.values() if text]
+    except ValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{run_dir / HEARTBEATS} is not as a run writes it ({reason}): move it away") from None
+    return sorted(beats, key=lambda beat: beat.rank)
 
 
 def _record(run_dir: Path, rank: int) -> Path:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.common.console import styled
 from megatron_sgopd.config import Settings
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
 from megatron_sgopd.monitor.lines import (
@@ -54,15 +55,16 @@ class Monitor:
             append_json_line(self._folder / METRICS, metrics)
             self._console.print(self._progress(metrics))
 
-    def _progress(self, m: dict[str, Any]) -> str:
+    def _progress(self, m: dict[str, Any]) -> Text:
         done = m["step"] - self._start_step
         left = self._seconds / done * (self._train_steps - m["step"])
         stages = sorted(m["stage_seconds"].items(), key=lambda item: -item[1])
-        return (
-            f"[bold]step {m['step']}/{self._train_steps}[/bold]  loss {m['loss']:+.4f}  pass {m['pass_rate']:.0%}  "
+        return styled(f"step {m['step']}/{self._train_steps}", "bold").append(
+            f"  loss {m['loss']:+.4f}  pass {m['pass_rate']:.0%}  "
             f"agree {m['agree']:.0%}  KL {m.get('reverse_kl', 0):.3f}  {m['tokens_per_second']:.0f} tok/s  "
             f"{m['seconds']:.1f} s ({' '.join(f'{k} {v:.1f}' for k, v in stages[:4])})  "
-            f"left {timedelta(seconds=round(left))}"
+            f"left {timedelta(seconds=round(left))}",
+            style="not bold",
         )
 
     def samples(self, lines: Sequence[dict[str, Any]], shown: int = 3) -> None:
@@ -75,9 +77,9 @@ class Monitor:
         if lines and path.stat().st_size > self._sample_bytes:
             halve_steps(path)
         for line in lines[:shown]:
-            mark = "[green]right[/green]" if line["outcome"] else f"[red]{escape(line['reason'])}[/red]"
-            # repr: a response may hold terminal control sequences.
-            self._console.print(f"  {mark}  {escape(repr(line['response']))}  (answer {escape(line['answer'])})")
+            mark = styled("right", "green") if line["outcome"] else styled(line["reason"], "red")
+            # repr: on one line.
+            self._console.print(" ", mark, f" {line['response']!r}  (answer {line['answer']!r})")
 
     def evaluation(self, name: str, step: int, responses: Responses) -> None:
         """Record the scores on the held-out problems: `before`, `teacher`, `step` or `after`."""
@@ -96,8 +98,9 @@ class Monitor:
         }
         append_json_line(self._folder / EVALUATIONS, line)
         self._console.print(
-            f"[bold]{name}[/bold] pass rate {average.mean:.1%} ({average.low:.1%} to {average.high:.1%}; "
-            f"avg@{responses.samples} of {responses.problems} problems)"
+            styled(name, "bold"),
+            f"pass rate {average.mean:.1%} ({average.low:.1%} to {average.high:.1%}; "
+            f"avg@{responses.samples} of {responses.problems} problems)",
         )
 
     def summary(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from megatron_sgopd.checkpoint.files import locked
+from megatron_sgopd.common.console import Terminal
+from megatron_sgopd.common.ownership import check_ours, keep_private
 from megatron_sgopd.errors import Alarm, ConfigError, Stopped
-from megatron_sgopd.monitor.ownership import check_ours
 from megatron_sgopd.processes import is_first_rank
 
 if TYPE_CHECKING:
@@ -37,10 +35,9 @@ _LONGEST_LEASE = 120
 _terminal: int | None = None
 
 
-def console() -> Console:
+def console() -> Terminal:
     """The user's terminal, also where this process's own stdout goes to a file."""
-    stream = sys.stdout if _terminal is None else os.fdopen(os.dup(_terminal), "w")
-    return Console(file=stream, highlight=False, soft_wrap=True)
+    return Terminal(None if _terminal is None else os.fdopen(os.dup(_terminal), "w"))
 
 
 def _redirect(log: Path) -> None:
@@ -53,7 +50,7 @@ def _redirect(log: Path) -> None:
 
 
 @contextlib.contextmanager
-def libraries_write_to(log: Path) -> Iterator[Console]:
+def libraries_write_to(log: Path) -> Iterator[Terminal]:
     """Keep the terminal for what the console is given; everything else goes to a file."""
     global _terminal
     saved = os.dup(1), os.dup(2)
@@ -74,9 +71,11 @@ def run_folder(settings: Settings) -> Path:
         ConfigError: it cannot be made, nothing can be written there, or others can have written there.
     """
     folder = Path(settings.run_dir)
+    if settings.private:
+        keep_private()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700 if settings.private else 0o777, exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be made ({error.strerror}): choose another one") from None
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -160,7 +159,5 @@ def _leave_word(error_file: Path, text: str) -> None:
     try:
         error_file.write_text(text)
     except OSError as failure:
-        console().print(
-            f"{error_file} cannot be written ({failure.strerror}). What it would say:\n{text}", markup=False
-        )
+        console().print(f"{error_file} cannot be written ({failure.strerror}). What it would say:\n{text}")
         error_file.unlink(missing_ok=True)

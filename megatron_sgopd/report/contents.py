@@ -59,6 +59,8 @@ class Contents:
             (path, Series(path / METRICS), Samples(path / SAMPLES))
             for path in dict.fromkeys(path.resolve() for path in paths)
         ]
+        self.private = True
+        """Whether one of them is not for others to see; known once they were read."""
 
     def __call__(self) -> dict[str, Any]:
         """Plain values, without a number that is not finite.
@@ -72,6 +74,7 @@ class Contents:
             series.refresh()
             samples.refresh()
             runs.append(_Shown(run, series, samples, list(run.evaluations())))
+        self.private = any(run.recipe.get("private", True) for run in runs)
         return finite(_contents(runs))
 
 
@@ -113,7 +116,7 @@ def _group_name(names: Sequence[str], members: Sequence[int], first: _Shown) -> 
     shared = os.path.commonpath([names[i] for i in members])
     others = [name for i, name in enumerate(names) if i not in members]
     if not shared or any(name.startswith(f"{shared}/") for name in others):
-        shared = f"{first.recipe['sgopd']['method']}: {names[members[0]]}, …"
+        shared = f"{first.recipe['sgopd'].get('method')}: {names[members[0]]}, …"
     return f"{shared} ({len(members)} runs)"
 
 
@@ -170,7 +173,7 @@ def _point(step: float, mean: float, low: float, high: float, runs: int) -> list
 
 def _run(run: _Shown, name: str, runs: int) -> dict[str, Any]:
     def setting(section: str, key: str) -> Any:
-        return run.recipe[section][key] if run.recipe else None
+        return run.recipe[section].get(key) if run.recipe else None
 
     samples, left_out = run.samples.chosen(SAMPLE_BYTES // runs)
     alarms = list(run.run.alarms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import secrets
 import threading
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -20,21 +21,24 @@ ADDRESS = "127.0.0.1"
 
 
 def serve(paths: Sequence[Path], port: int) -> None:
-    """Serve `/`, the page, and `/data?seen=STATE`, its contents if they have changed since, until interrupted.
+    """Serve `/TOKEN/`, the page, and `/TOKEN/data?seen=STATE`, its contents if they have changed, until interrupted.
+
+    Who else is on this machine can reach the port too: the token, which is in the address alone, keeps them out.
 
     Raises:
         ConfigError: a path is no run folder, or the port cannot be had.
     """
     newest = _Newest(paths)
     newest()
+    token = secrets.token_urlsafe(16)
     try:
-        server = ThreadingHTTPServer((ADDRESS, port), _handler(newest))
+        server = ThreadingHTTPServer((ADDRESS, port), _handler(newest, token))
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
         raise ConfigError(f"--port {port} cannot be had ({error}): give another, or 0 for any free one") from None
     with server:
-        print(f"report: http://localhost:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        print(f"report: http://localhost:{server.server_port}/{token}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
 
@@ -55,8 +59,10 @@ class _Newest:
             return self._made
 
 
-def _handler(newest: _Newest) -> type[BaseHTTPRequestHandler]:
+def _handler(newest: _Newest, token: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # seconds without a request, after which a connection's thread ends
+
         def do_GET(self) -> None:
             # Another site's page may have had its own name resolved to this address, to read what is served here.
             if self.headers.get("Host", "").split(":")[0] not in ("localhost", ADDRESS):
@@ -68,16 +74,17 @@ def _handler(newest: _Newest) -> type[BaseHTTPRequestHandler]:
                 self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", str(error).encode())
 
         def _find(self, target: SplitResult) -> None:
-            if target.path not in ("/", "/data"):
-                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"There is / and /data.\n")
+            given, _, name = target.path.removeprefix("/").partition("/")
+            if not secrets.compare_digest(given.encode(), token.encode()) or name not in ("", "data"):
+                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"Open the address that `report --live` printed.\n")
                 return
-            now, packed = newest()
-            if target.path == "/":
-                self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render(packed, live_state=now))
+            now, data = newest()
+            if not name:
+                self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render(data, live_state=now))
             elif parse_qs(target.query).get("seen") == [now]:
                 self._answer(HTTPStatus.NO_CONTENT, "text/plain", b"")
             else:
-                self._answer(HTTPStatus.OK, "application/gzip", packed, now)
+                self._answer(HTTPStatus.OK, "application/gzip", data, now)
 
         def _answer(self, status: HTTPStatus, kind: str, body: bytes, now: str = "") -> None:
             self.send_response(status)
@@ -85,6 +92,7 @@ def _handler(newest: _Newest) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-State", now)
+            self.send_header("Referrer-Policy", "no-referrer")
             self.end_headers()
             self.wfile.write(body)
 

@@ -14,6 +14,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.common.ownership import keep_private
 from megatron_sgopd.report.contents import Contents
 
 
@@ -23,7 +24,10 @@ def write_page(paths: Sequence[Path], out: Path) -> int:
     Raises:
         ConfigError: one of them is none.
     """
-    page = render(packed(Contents(paths)()))
+    shown = Contents(paths)
+    page = render(packed(shown()))
+    if shown.private:
+        keep_private()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return len(page)

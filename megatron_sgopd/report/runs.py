@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_sgopd.common.data_files import read_yaml
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.attempts import ATTEMPTS, OUTCOMES, read_attempts
 from megatron_sgopd.monitor.diagnosis import diagnosis
@@ -66,8 +65,10 @@ def read_run(path: Path) -> RunFolder:
             f"{path} is not the folder of a run: it has no {METRICS}. Give the run_dir of a training run; those of a "
             "comparison are OUT/cells/VARIANT/seed_N"
         )
-    recipe = yaml.safe_load((path / RESOLVED).read_text()) if (path / RESOLVED).is_file() else {}
+    recipe = _recipe(path / RESOLVED)
     recent = list(itertools.islice(last_json_lines(path / METRICS), RECENT_STEPS))[::-1]
+    if any(not isinstance(line.get(name), int | float) for line in recent for name in ("step", "seconds")):
+        raise ConfigError(f"{path / METRICS} is not as a run writes it: a line has no step or no seconds")
     # A summary may be that of an earlier attempt with fewer steps.
     reached = not recipe or (recent and recent[-1]["step"] >= recipe["train"]["steps"])
     ended = (path / SUMMARY).is_file() and bool(reached)
@@ -84,6 +85,18 @@ def read_run(path: Path) -> RunFolder:
         ended=ended,
         alarms=alarms + _verifier_faults(recent[-1] if recent else {}),
     )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    recipe = read_yaml(path)
+    sections = ("train", "sgopd", "model", "teacher", "alarms")
+    if not (isinstance(recipe, dict) and all(isinstance(recipe.get(name), dict) for name in sections)):
+        raise ConfigError(f"{path} is not as a run writes it: it lacks one of the sections {', '.join(sections)}")
+    if not isinstance(recipe["train"].get("steps"), int):
+        raise ConfigError(f"{path} is not as a run writes it: train.steps is {recipe['train'].get('steps')!r}")
+    return recipe
 
 
 def _well(path: Path, ended: bool) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sgopd.arguments import add_set
+from megatron_sgopd.common.ownership import keep_private
 from megatron_sgopd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def _teacher_rollouts(arguments: argparse.Namespace) -> int:
 
     index, shards = _shard(arguments.shard)
     recipe = load_recipe(arguments.recipe, arguments.set)
+    if recipe.private:
+        keep_private()
     folder = arguments.bank or recipe.teacher_rollouts.bank
     if folder is None:
         raise ConfigError("there is no folder to write to: give --bank DIR, or set teacher_rollouts.bank")

@@ -25,9 +25,9 @@ from typing import Any
 
 import megatron_sgopd
 from megatron_sgopd.checkpoint.files import locked
+from megatron_sgopd.common.ownership import check_ours
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.ownership import check_ours
 from megatron_sgopd.processes import SAFE_PATH, die_with_parent, is_first_rank
 from megatron_sgopd.rollout.prompts import PromptSet, check_not_empty
 from megatron_sgopd.rollout.sources import REASONING_GYM
@@ -178,6 +178,7 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
             stdout=subprocess.PIPE,
             bufsize=0,  # so that what was not read yet can be waited for
             start_new_session=True,
+            umask=0o077,
             preexec_fn=die_with_parent,
             env={**os.environ, **SAFE_PATH, "MALLOC_ARENA_MAX": "4"},  # arenas would count as memory
         )
@@ -199,14 +200,14 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
             ConfigError: something is wrong with the source, or with the template, or they take too much.
         """
         assert self._process.stdin is not None
+        if not self._started:
+            self._next(settings, 0)
+            self._started = True
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([dataclasses.asdict(settings), str(out)]).encode() + b"\n")
         read, shown = 0, time.monotonic()
         while True:
             said = self._next(settings, read)
-            self._started = True
-            if "error" in said:
-                raise ConfigError(said["error"])
             if "whole" in said:
                 return
             read = said.get("read", read)
@@ -231,4 +232,7 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
                 f"to far more than it is, or the chat template of {self._tokenizer} takes more than "
                 f"{MEMORY_LIMIT >> 30} GiB of memory: leave it out"
             )
-        return json.loads(line)
+        said = json.loads(line)
+        if "error" in said:
+            raise ConfigError(said["error"])
+        return said

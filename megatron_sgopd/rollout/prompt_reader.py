@@ -29,14 +29,17 @@ def main() -> None:
         print(json.dumps(said), file=replies, flush=True)
 
     model, memory_limit = sys.argv[1], int(sys.argv[2])
-    tokenizer = None
     sys.addaudithook(refuse_network)
+    try:
+        tokenizer = load_tokenizer(model)
+    except ConfigError as error:
+        reply(error=str(error))
+        return
+    _limit_memory(memory_limit)
+    reply(ready=True)
     for line in sys.stdin:
         values, out = json.loads(line)
         try:
-            if tokenizer is None:
-                tokenizer = load_tokenizer(model)
-                _limit_memory(memory_limit)
             with new_file(Path(out)) as file:
                 write_prompts(read_prompts(PromptSettings(**values), tokenizer), file, lambda read: reply(read=read))
                 os.fsync(file.fileno())

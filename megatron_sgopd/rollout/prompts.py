@@ -16,6 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from jinja2 import TemplateError
 
 from megatron_sgopd.config import PromptSettings
@@ -150,6 +151,11 @@ class PromptSet(Sequence[Prompt]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = int(self._rows[range(len(self))[index]])
         return _prompt(self._table.slice(row, 1).to_pylist()[0])
+
+    def find(self, problem: str) -> Prompt | None:
+        """The prompt with that id, also if it was left out."""
+        row = pa.compute.index(self._table["id"], problem).as_py()
+        return None if row < 0 else _prompt(self._table.slice(row, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Prompt]:
         for start in range(0, len(self), _BATCH_PROMPTS):

@@ -5,20 +5,58 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import Prompt
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet
 from megatron_sgopd.rollout.teacher_rollouts import Taught
 from megatron_sgopd.rollout.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from megatron_sgopd.step import Batch
+
+
+@dataclass(frozen=True)
+class _Response:
+    """A trajectory as it is written."""
+
+    prompt: int
+    """Place of its prompt."""
+    sample: int
+    token_ids: tuple[int, ...]
+    behaviour: tuple[float, ...]
+    truncated: bool
+    from_teacher: bool
+
+
+@dataclass(frozen=True)
+class _TeacherShare:
+    weight: float
+    approval: float
+    shortfall: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The .json of a step."""
+
+    step: int
+    prompts: tuple[Prompt, ...]
+    trajectories: tuple[_Response, ...]
+    taught: _TeacherShare
+
+
+_STEP = TypeAdapter(_Step)
 
 
 class Recording:
@@ -29,40 +67,90 @@ class Recording:
     reference score again too.
     """
 
-    def __init__(self, replay: str | None, record: str | None) -> None:
+    def __init__(self, replay: str | None, record: str | None, vocab_size: int, known: PromptSet | None) -> None:
+        """Replay from one folder, and record into another.
+
+        Args:
+            vocab_size: of the models.
+            known: the run's own prompts, where the verifier believes what it is told of a prompt: those that are
+                replayed must be among them. None where it does not.
+        """
         self._replay = Path(replay) if replay else None
         self._record = Path(record) if record else None
+        self._vocab_size, self._known = vocab_size, known
+
+    @cached_property
+    def _recorded(self) -> list[Path]:
+        assert self._replay is not None
+        return sorted(self._replay.glob("step_*.json"))
 
     def load(self, step: int) -> tuple[Batch, dict[str, torch.Tensor]] | None:
         """The recorded batch without its rows, and its tensors; None if nothing is to be replayed.
 
+        After the last recorded step the first one follows again.
+
         Raises:
-            ConfigError: the step was not recorded.
+            ConfigError: a step among those recorded is missing, or one is not what a run writes.
         """
         from megatron_sgopd.step import Batch
 
         if self._replay is None:
             return None
-        path = self._replay / f"step_{step:06d}.json"
-        if not path.is_file():
-            raise ConfigError(f"logging.replay={self._replay} has no batch of step {step}: {path.name} is missing")
-        content = json.loads(path.read_text())
-        prompts = tuple(Prompt(**{**p, "token_ids": tuple(p["token_ids"])}) for p in content["prompts"])
+        path = self._replay / f"step_{step % len(self._recorded):06d}.json"
+        if path not in self._recorded:
+            raise ConfigError(f"logging.replay={self._replay}: {path.name} is missing before {self._recorded[-1].name}")
+        content = self._read(path)
         trajectories = tuple(
             Trajectory(
-                prompts[t["prompt"]],
-                t["sample"],
-                tuple(t["token_ids"]),
-                tuple(t["behaviour"]),
-                t["truncated"],
-                t["from_teacher"],
+                content.prompts[t.prompt], t.sample, t.token_ids, t.behaviour, t.truncated, from_teacher=t.from_teacher
             )
-            for t in content["trajectories"]
+            for t in content.trajectories
         )
-        taught = Taught(tuple(t for t in trajectories if t.from_teacher), **content["taught"])
+        taught = Taught(tuple(t for t in trajectories if t.from_teacher), **vars(content.taught))
         numbers = path.with_suffix(".safetensors")
-        tensors = load_file(numbers) if numbers.is_file() else {}
-        return Batch(step, prompts, taught, tuple(t for t in trajectories if not t.from_teacher)), tensors
+        try:
+            tensors = load_file(numbers) if numbers.is_file() else {}
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{numbers} cannot be read ({error}): remove it, and its numbers are made again"
+            ) from None
+        tokens = sum(len(t.token_ids) for t in trajectories)
+        if wrong := sorted(name for name, tensor in tensors.items() if tensor.shape != (tokens,)):
+            raise ConfigError(
+                f"{numbers}: {wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}, and {path.name} has {tokens} "
+                "tokens: remove the file, and its numbers are made again"
+            )
+        return Batch(step, content.prompts, taught, tuple(t for t in trajectories if not t.from_teacher)), tensors
+
+    def _read(self, path: Path) -> _Step:
+        try:
+            content = _STEP.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ConfigError(f"{path} is no recorded batch ({' '.join(str(error).split())}): record again") from None
+        responses = content.trajectories
+        fits = all(
+            0 <= r.prompt < len(content.prompts) and len(r.behaviour) == (0 if r.from_teacher else len(r.token_ids))
+            for r in responses
+        )
+        ids = {id_ for tokens in (content.prompts, responses) for one in tokens for id_ in one.token_ids}
+        if not fits or (ids and not 0 <= min(ids) <= max(ids) < self._vocab_size):
+            raise ConfigError(
+                f"{path} is no batch of this model: a response has no prompt or no log-probs, or token ids are not "
+                f"below {self._vocab_size}"
+            )
+        for prompt in content.prompts if self._known is not None else ():
+            self._check_known(prompt, path)
+        return content
+
+    def _check_known(self, prompt: Prompt, path: Path) -> None:
+        assert self._known is not None
+        own = self._known.find(prompt.problem)
+        told = ("text", "answer", "task", "metadata")
+        if own is None or any(getattr(own, name) != getattr(prompt, name) for name in told):
+            raise ConfigError(
+                f"{path}: {prompt.problem} is not that of data.train, and verify.verifier=task believes what a prompt "
+                "says of itself: replay with the recipe that the batches were recorded with, or verify by math"
+            )
 
     def save(self, batch: Batch, student_logprobs: Callable[[], torch.Tensor]) -> None:
         """Write the batch and the student's log-probs of it, which `student_logprobs` collects from all ranks."""
@@ -76,26 +164,16 @@ class Recording:
         assert batch.rows is not None
         self._record.mkdir(parents=True, exist_ok=True)
         index = {prompt.id: i for i, prompt in enumerate(batch.prompts)}
-        content = {
-            "step": batch.step,
-            "prompts": [dataclasses.asdict(prompt) for prompt in batch.prompts],
-            "trajectories": [
-                {
-                    "prompt": index[t.prompt.id],
-                    "sample": t.sample,
-                    "token_ids": t.token_ids,
-                    "behaviour": t.behaviour_logprobs,
-                    "truncated": t.truncated,
-                    "from_teacher": t.from_teacher,
-                }
+        taught = batch.taught
+        content = _Step(
+            batch.step,
+            batch.prompts,
+            tuple(
+                _Response(index[t.prompt.id], t.sample, t.token_ids, t.behaviour_logprobs, t.truncated, t.from_teacher)
                 for t in batch.responses
-            ],
-            "taught": {
-                "weight": batch.taught.weight,
-                "approval": batch.taught.approval,
-                "shortfall": batch.taught.shortfall,
-            },
-        }
+            ),
+            _TeacherShare(taught.weight, taught.approval, taught.shortfall),
+        )
         order = batch.rows.trajectory_order()
         tensors = {"student_logprobs_T": student_logprobs_T[order].contiguous()}
         for name in SCORES:
@@ -103,10 +181,4 @@ class Recording:
                 tensors[name] = value[order].contiguous()
         path = self._record / f"step_{batch.step:06d}.json"
         save_file(tensors, path.with_suffix(".safetensors"))
-        _replace_text(path, json.dumps(content))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+        write_atomically(path, json.dumps(dataclasses.asdict(content)).encode())

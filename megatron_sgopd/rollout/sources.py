@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.checkpoint.files import check_inside
+from megatron_sgopd.common.data_files import check_inside
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 

@@ -89,10 +89,23 @@ def _judge(verifier: Verifier, request: VerifyRequest) -> list[Any] | str:
         result = VerifierResult(0, None, "memory")
     except Exception as error:  # whatever a parser does on hostile text, the answer is wrong and the worker lives
         result = VerifierResult(0, None, f"unreadable ({type(error).__name__})")
-    if not isinstance(result, VerifierResult) or result.outcome not in (0, 1):
-        return f"returned {str(result)[:200]}, not a VerifierResult with outcome 0 or 1"
+    if not _is_proper(result):
+        return (
+            f"returned {str(result)[:200]}, not a VerifierResult with outcome 0 or 1, the answer as text or None, and "
+            "the reason as text"
+        )
     extracted = None if result.extracted is None else result.extracted[:MAX_ANSWER]
     return [int(result.outcome), extracted, result.reason]
+
+
+def _is_proper(result: Any) -> bool:
+    return (
+        isinstance(result, VerifierResult)
+        and isinstance(result.outcome, int)
+        and result.outcome in (0, 1)
+        and (result.extracted is None or isinstance(result.extracted, str))
+        and isinstance(result.reason, str)
+    )
 
 
 def _send(replies: IO[str], message: list[Any] | str) -> None:

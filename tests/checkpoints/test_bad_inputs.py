@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_ends_with_what_to_do(tiny_models: dict[str, Path],
 
     left = tmp_path / "other.partial"
     (tmp_path / "out").rename(left)
-    (left / "job.json").write_text(json.dumps({"direction": "to-megatron", "source": "elsewhere"}))
+    (tmp_path / "other.partial.json").write_text(json.dumps({"direction": "to-megatron", "source": "elsewhere"}))
     finished = run("convert", "to-megatron", tiny_models["qwen2"], tmp_path / "other")
     _check_refused(finished, "is the unfinished work of a conversion with another")
 

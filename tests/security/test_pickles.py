@@ -15,8 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_sgopd.checkpoint.restricted import METADATA, load_metadata, restrict_metadata
+from megatron_sgopd.common.ownership import check_ours
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.monitor.ownership import check_ours
 
 from ..checkpoints.conftest import run_all
 from ..e2e.conftest import Finished, train

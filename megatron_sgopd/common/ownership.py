@@ -10,6 +10,11 @@ from pathlib import Path
 from megatron_sgopd.errors import ConfigError
 
 
+def keep_private() -> None:
+    """Let what this process and its children make from now on be readable by its owner alone."""
+    os.umask(0o077)
+
+
 def check_ours(folder: Path, private: bool, setting: str = "run_dir") -> None:
     """Check that nobody but this user, or the folder's group if it is not private, can have put files into a folder.
 
