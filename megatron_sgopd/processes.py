@@ -117,7 +117,7 @@ def rendezvous() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-    listener = listen(host, port).detach() if rank == 0 else None
+    listener = _listen_patiently(host, port).detach() if rank == 0 else None
     try:
         return dist.TCPStore(
             host, port, int(os.environ["WORLD_SIZE"]), rank == 0, _LONGEST_START, master_listen_fd=listener
@@ -134,29 +134,31 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises:
         ConfigError: this machine cannot listen there.
-        Unavailable: the port was in use all the time that was waited for it.
+        Unavailable: the port is in use, or the name cannot be looked up at the moment.
     """
+    try:
+        family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Some distributions give a machine's own name a loopback address, which no other machine can reach.
+        only_here = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
+        return socket.create_server(("" if only_here else address, port), family=family)
+    except OSError as error:
+        passes = error.errno in (errno.EADDRINUSE, socket.EAI_AGAIN)
+        raise (Unavailable if passes else ConfigError)(
+            f"the first rank cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror}): let them be "
+            "an address of the node that it runs on, and a port that is free there"
+        ) from None
+
+
+def _listen_patiently(host: str, port: int) -> socket.socket:
+    """As `listen`, and again where something was in the way that may pass."""
     deadline = time.monotonic() + PORT_PATIENCE
     while True:
         try:
-            return _listen(host, port)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
-                time.sleep(1)
-                continue
-            said = (
-                f"the first rank cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror}): let them "
-                "be an address of the node that it runs on, and a port that is free there"
-            )
-            passes = error.errno in (errno.EADDRINUSE, socket.EAI_AGAIN)
-            raise (Unavailable if passes else ConfigError)(said) from None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family, *_, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    # Some distributions give a machine's own name a loopback address, which no other machine can reach.
-    only_here = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
-    return socket.create_server(("" if only_here else address, port), family=family)
+            return listen(host, port)
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def local_rank() -> int:

@@ -29,7 +29,7 @@ from packaging.version import Version
 
 from megatron_sgopd.cluster.hardware import GIB
 from megatron_sgopd.config import Recipe
-from megatron_sgopd.errors import ConfigError
+from megatron_sgopd.errors import ConfigError, Unavailable
 from megatron_sgopd.processes import is_first_rank, listen
 
 Level = Literal["green", "yellow", "red"]
@@ -85,7 +85,7 @@ def _refusals(check: str, good: str, *steps: Callable[[], object]) -> Iterator[F
     for step in steps:
         try:
             step()
-        except ConfigError as error:
+        except (ConfigError, Unavailable) as error:
             refused = True
             yield Finding(check, "red", str(error))
     if not refused:

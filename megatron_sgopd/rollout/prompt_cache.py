@@ -36,6 +36,8 @@ CACHE = "SGOPD_CACHE"
 """Environment variable of the folder; else megatron-sgopd in XDG_CACHE_HOME or in ~/.cache."""
 MEMORY_LIMIT = 8 << 30
 """Bytes that the reader may take beyond its libraries."""
+_FRUGAL = {"MALLOC_ARENA_MAX": "4", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""Allocators that do not reserve what they may never use, which would count."""
 _ROW_LIMIT = 60.0
 """Seconds in which the reader must get on."""
 _START_LIMIT = 300.0
@@ -180,7 +182,7 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
             start_new_session=True,
             umask=0o077,
             preexec_fn=die_with_parent,
-            env={**os.environ, **SAFE_PATH, "MALLOC_ARENA_MAX": "4"},  # arenas would count as memory
+            env={**os.environ, **SAFE_PATH, **_FRUGAL},
         )
         self._started = False
 

@@ -3,13 +3,15 @@
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_sgopd.errors import ConfigError
+from megatron_sgopd import processes
+from megatron_sgopd.errors import ConfigError, Unavailable
 from megatron_sgopd.processes import rendezvous
 
 
@@ -33,9 +35,18 @@ def test_the_store_serves_at_its_address_alone(port: int) -> None:
         socket.create_connection(("127.0.0.2", port), timeout=1)
 
 
-def test_a_port_that_is_taken_is_said(port: int) -> None:
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match=f"MASTER_PORT={port} .Address"):
+def test_a_port_that_stays_taken_is_said_as_what_may_pass(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PORT_PATIENCE", 0.0)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(Unavailable, match=f"MASTER_PORT={port} .Address"):
         rendezvous()
+
+
+def test_a_port_that_is_taken_for_a_moment_is_waited_for(port: int) -> None:
+    taken = socket.create_server(("127.0.0.1", port))
+    threading.Timer(1.5, taken.close).start()
+    store = rendezvous()
+    store.set("key", "value")
+    assert store.get("key") == b"value"
 
 
 def test_an_address_of_another_machine_is_said(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
