@@ -229,6 +229,11 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
         )
     if recipe.platform == "cuda" or gpu_memory(recipe.platform) is not None:
         check_precision(train.precision)
+    if train.min_learning_rate > train.learning_rate:
+        raise ConfigError(
+            f"train.min_learning_rate={train.min_learning_rate} is more than train.learning_rate="
+            f"{train.learning_rate}: lower it"
+        )
     if train.warmup_steps >= train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
 

@@ -19,12 +19,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.file.is_file():
         parser.error(f"{arguments.file} is no file")
+    partial = arguments.out.with_name(f"{arguments.out.name}.partial")
+    if partial.exists():
+        parser.error(f"{partial} exists: remove it, or choose another folder")
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists: remove it, or choose another folder")
-    return convert(arguments.file, arguments.out, arguments.dtype)
+    partial.mkdir(mode=0o700)  # nobody else gets in before it is done
+    return convert(arguments.file, partial, arguments.out, arguments.dtype)
 
 
-def convert(file: Path, out: Path, dtype: str) -> int:
+def convert(file: Path, partial: Path, out: Path, dtype: str) -> int:
     """Write `out`, which appears only when it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -34,9 +38,9 @@ def convert(file: Path, out: Path, dtype: str) -> int:
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
     )
-    partial = out.with_name(f"{out.name}.partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    partial.chmod(0o755)
     partial.rename(out)
     print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} weights, {dtype}")
     return 0

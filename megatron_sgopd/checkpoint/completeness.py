@@ -83,7 +83,7 @@ def check_complete(checkpoint: Path, with_digests: bool) -> None:
         raise ConfigError(f"{checkpoint.name} has no {MANIFEST}")
     try:
         files = {name: FileRecord(**stored) for name, stored in read_json(path)["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{checkpoint.name}/{MANIFEST} cannot be read ({error})") from None
     for name, expected in files.items():
         if not (checkpoint / name).is_file():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from megatron_sgopd.errors import ConfigError
 
@@ -82,6 +82,18 @@ def restrict_metadata() -> None:
     FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign, assignment]
 
 
+def _is_sensible(entry: Any) -> bool:
+    """Whether a tensor's blocks lie within it."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return True
+    axes = range(len(entry.size))
+    return all(size >= 0 for size in entry.size) and all(
+        len(chunk.offsets) == len(chunk.sizes) == len(axes)
+        and all(chunk.offsets[i] >= 0 and 0 <= chunk.sizes[i] <= entry.size[i] - chunk.offsets[i] for i in axes)
+        for chunk in entry.chunks
+    )
+
+
 def _read_metadata(reader: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
     """In the place of torch's.
 
@@ -91,13 +103,17 @@ def _read_metadata(reader: FileSystemReader, *args: Any, **kwargs: Any) -> Metad
     path = Path(reader.path) / METADATA
     try:
         metadata = load_metadata(path.read_bytes())
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+    except Exception as error:  # a class that has a place there may still be made of nonsense
         raise ConfigError(f"{path} cannot be read as the metadata of a torch_dist checkpoint: {error}") from error
     if not isinstance(metadata, Metadata):
         raise ConfigError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     metadata.storage_meta.load_id = reader.load_id
+    if not all(_is_sensible(entry) for entry in metadata.state_dict_metadata.values()):
+        raise ConfigError(f"{path} has a tensor whose size is no size, or that its blocks do not lie in: refused")
+    if any(place.offset < 0 or place.length < 0 for place in metadata.storage_data.values()):
+        raise ConfigError(f"{path} names a place before the beginning of a file: refused")
     for name in {place.relative_path for place in metadata.storage_data.values()}:
         file = Path(reader.path) / name
         if Path(name).name != name or (file.is_symlink() and file.resolve().parent != path.resolve().parent):

@@ -307,10 +307,12 @@ class CheckpointWriter:
         return settle
 
     def finish(self) -> None:
-        """After all parts: the metadata, which makes it a checkpoint."""
-        results: list[list[WriteResult]] = [
-            load_metadata(self._receipt(part).read_bytes()) for part in range(len(self._plans))
-        ]
+        """After all parts: the metadata, which makes it a checkpoint.
+
+        Raises:
+            ConfigError: a part's receipt is not what was left for it.
+        """
+        results = [self._read_receipt(part) for part in range(len(self._plans))]
         _, metadata = create_default_global_save_plan(self._plans)
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         write_atomically(self._folder / FORMAT, json.dumps(backend).encode())
@@ -319,6 +321,15 @@ class CheckpointWriter:
         for part in range(len(self._plans)):
             self._receipt(part).unlink()
         self._receipt(0).parent.rmdir()
+
+    def _read_receipt(self, part: int) -> list[WriteResult]:
+        path = self._receipt(part)
+        try:
+            return load_metadata(path.read_bytes())
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ConfigError(
+                f"{path} is not what a conversion leaves ({error}): remove the folder, and begin anew"
+            ) from None
 
     def _receipt(self, part: int) -> Path:
         return self._folder / "receipts" / f"{part:06d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,6 @@ import yaml
 
 from megatron_sgopd.errors import ConfigError
 
-_JSON_BYTES = 1 << 28
 _YAML_BYTES = 1 << 20
 _YAML_VALUES = 100_000
 
@@ -33,6 +33,17 @@ def check_inside(folder: Path, files: Iterable[Path]) -> None:
             )
 
 
+def read_bytes(path: Path, most: int = 1 << 28) -> bytes:
+    """All of a file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read, or is larger.
+    """
+    if path.stat().st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most >> 20} MiB")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -40,9 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, is too large or too deep, or holds something else.
     """
     try:
-        if path.stat().st_size > _JSON_BYTES:
-            raise ValueError(f"it has more than {_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except RecursionError:
@@ -61,9 +70,7 @@ def read_yaml(path: Path) -> Any:
         ConfigError: it cannot be read, is too large or too deep, or names one part over and over.
     """
     try:
-        if path.stat().st_size > _YAML_BYTES:
-            raise ValueError(f"it has more than {_YAML_BYTES >> 20} MiB")
-        value = yaml.safe_load(path.read_bytes())
+        value = yaml.safe_load(read_bytes(path, _YAML_BYTES))
         if _values_within(value, _YAML_VALUES) <= 0:
             raise ValueError(f"its aliases stand for more than {_YAML_VALUES} values")
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,23 @@ from megatron_sgopd.errors import ConfigError
 def keep_private() -> None:
     """Let what this process and its children make from now on be readable by its owner alone."""
     os.umask(0o077)
+
+
+def own_temporary_folder(name: str) -> Path:
+    """A folder of this user in the machine's temporary folder, where anybody could have made one of that name before.
+
+    Raises:
+        ConfigError: somebody else did, or can write there.
+    """
+    folder = Path(tempfile.gettempdir(), f"{name}-{os.geteuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder} is another user's, or can be written by others, and what is compiled there is executed: remove "
+            "it, or set TMPDIR to a folder of your own"
+        )
+    return folder
 
 
 def check_ours(folder: Path, private: bool, setting: str = "run_dir") -> None:

@@ -15,7 +15,7 @@ from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.heartbeat import HEARTBEATS
 from megatron_sgopd.monitor.lines import append_json_line, is_cut, read_json_lines
-from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS
+from megatron_sgopd.monitor.output import EXIT_STOPPED, error_files
 from megatron_sgopd.processes import node_name
 
 ATTEMPTS = "attempts.jsonl"
@@ -56,9 +56,9 @@ def begin_attempt(run_dir: Path, step: int) -> None:
     """
     path = run_dir / ATTEMPTS
     shutil.rmtree(run_dir / HEARTBEATS, ignore_errors=True)
-    for error in (run_dir / LOGS).glob("rank-*.error"):
-        if int(error.stem.removeprefix("rank-")) >= int(os.environ.get("WORLD_SIZE", "1")):
-            error.unlink(missing_ok=True)
+    for rank, path in error_files(run_dir).items():
+        if rank >= int(os.environ.get("WORLD_SIZE", "1")):
+            path.unlink(missing_ok=True)
     if is_cut(path):
         write_atomically(path, path.read_bytes().rpartition(b"\n")[0] + b"\n")
     job = os.environ.get("SLURM_JOB_ID")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from megatron_sgopd.monitor.heartbeat import Beat, read_beats, stack_file
-from megatron_sgopd.monitor.output import LOGS
+from megatron_sgopd.monitor.output import LOGS, error_files
 
 _LOST_PEER = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "EOFError"),
     "NCCL communicator was aborted",
 )
 """In errors of ranks whose peer went away."""
+_LONGEST_ERROR = 1 << 20
 _NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory")
 _MEMORY_OF = {
     "generate": "rollout.memory_fraction (GPU), rollout.cache_gib (CPU)",
@@ -30,8 +32,8 @@ def diagnosis(run_dir: Path) -> str:
     hung = [rank for rank in beats if (path := stack_file(run_dir, rank)).is_file() and path.stat().st_size]
     if hung:
         return _of_hung(run_dir, [beats[rank] for rank in hung])
-    errors = sorted((run_dir / LOGS).glob("rank-*.error"), key=lambda path: path.stat().st_mtime)
-    texts = {int(path.stem.removeprefix("rank-")): path.read_text().strip() for path in errors}
+    errors = sorted(error_files(run_dir).items(), key=lambda item: item[1].stat().st_mtime)
+    texts = {rank: _end_of(path) for rank, path in errors}
     causes = [rank for rank, text in texts.items() if not any(words in text for words in _LOST_PEER)]
     silent = [beat for rank, beat in beats.items() if rank not in texts]
     if silent and not causes:
@@ -50,6 +52,14 @@ def diagnosis(run_dir: Path) -> str:
     if text.startswith("Traceback"):
         text = f"{text.splitlines()[-1]} (traceback: {run_dir / LOGS}/rank-{rank}.error)"
     return f"{where}: {text}{_advice(run_dir, beats.get(rank), text)}"
+
+
+def _end_of(path: Path) -> str:
+    """The text of a file, of a very long one its end."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LONGEST_ERROR))
+        return file.read().decode(errors="replace").strip()
 
 
 def _of_hung(run_dir: Path, beats: list[Beat]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 from megatron_sgopd.checkpoint.files import new_file
 from megatron_sgopd.errors import ConfigError
 
+_LONGEST = 1 << 26
+"""Bytes of a line; a run writes none that comes near."""
 _BLOCK = 1 << 16
 """Bytes that are read at a time from the end."""
 
@@ -41,9 +43,11 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
             if line.endswith(b"\n"):
                 yield parsed_line(line, f"{path}, line {number}")
+            elif len(line) == _LONGEST:
+                raise ConfigError(f"{path}, line {number} has more than {_LONGEST >> 20} MiB: remove that line")
 
 
 def last_json_lines(path: Path) -> Iterator[dict[str, Any]]:

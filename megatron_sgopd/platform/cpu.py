@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_sgopd.common.ownership import own_temporary_folder
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.platform.base import Platform
 from megatron_sgopd.rollout.packing import context_columns
@@ -68,6 +69,8 @@ class CpuPlatform(Platform):
     def install(self) -> None:
         for key, value in self.environment.items():
             os.environ.setdefault(key, value)
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # torch's own name for it can be foretold
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_temporary_folder("sgopd-torchinductor"))
         for package in _KERNELS_OF_GPUS:
             sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # so that importing it fails
         _keep_freed_memory()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from megatron_sgopd.common.ownership import own_temporary_folder
 from megatron_sgopd.errors import Alarm, ConfigError
 from megatron_sgopd.fp8 import check_device
 from megatron_sgopd.platform.base import Platform
@@ -85,6 +86,8 @@ class CudaPlatform(Platform):
     def install(self) -> None:
         for key, value in self.environment.items():
             os.environ.setdefault(key, value)
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # torch's own name for it can be foretold
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_temporary_folder("sgopd-torchinductor"))
         number, seen = local_rank(), torch.cuda.device_count()
         if number >= seen:
             raise ConfigError(

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sgopd.checkpoint.files import locked, new_file, sync_path, write_atomically
+from megatron_sgopd.common.data_files import read_bytes
 from megatron_sgopd.errors import ConfigError
 
 IDENTITY = "bank.json"
@@ -141,7 +142,7 @@ class RolloutBank:
             if path.stem in self._parts:
                 continue
             try:
-                part = _PART.validate_json(path.read_bytes())
+                part = _PART.validate_json(read_bytes(path))
             except (OSError, ValidationError) as error:
                 reason = " ".join(str(error).split())
                 raise ConfigError(
@@ -292,7 +293,7 @@ def check_identity(folder: Path, identity: BankIdentity) -> None:
     """
     path = folder / IDENTITY
     try:
-        stored = _IDENTITY_VALUES.validate_json(path.read_bytes())
+        stored = _IDENTITY_VALUES.validate_json(read_bytes(path))
     except (OSError, ValidationError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

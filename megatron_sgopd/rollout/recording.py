@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.common.data_files import read_bytes
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet
 from megatron_sgopd.rollout.teacher_rollouts import Taught
@@ -124,7 +125,7 @@ class Recording:
 
     def _read(self, path: Path) -> _Step:
         try:
-            content = _STEP.validate_json(path.read_bytes())
+            content = _STEP.validate_json(read_bytes(path, 1 << 32))
         except (OSError, ValidationError) as error:
             raise ConfigError(f"{path} is no recorded batch ({' '.join(str(error).split())}): record again") from None
         responses = content.trajectories

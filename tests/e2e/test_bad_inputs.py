@@ -105,6 +105,10 @@ BAD = {
         "answer",
     ),
     "batch size not divisible": (lambda tmp: ["train.rows_per_microbatch=7"], "not divisible"),
+    "a learning rate that ends above its peak": (
+        lambda tmp: ["train.learning_rate=1e-5", "train.min_learning_rate=1e-4"],
+        "train.min_learning_rate=0.0001 is more than train.learning_rate=1e-05: lower it",
+    ),
     "unknown verifier": (lambda tmp: ["verify.verifier=maths"], "math"),
     "unknown method": (lambda tmp: ["sgopd.method=sgopt"], "sgopd"),
     "a Megatron flag that contradicts the recipe": (

@@ -39,6 +39,7 @@ def for_others(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_run_folder_and_all_that_is_made_in_it(private: bool, tmp_path: Path) -> None:
+    os.umask(0o022)
     recipe = load_recipe(RECIPE, [f"run_dir={tmp_path / 'a/run'}", f"private={str(private).lower()}"])
     folder = run_folder(recipe)
     (folder / "logs").mkdir()
@@ -72,7 +73,13 @@ def test_prompts_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_other_commands_leave(command: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     small = ["data.train.size=8", "data.heldout.size=2", "rollout.cache_gib=0.1", "teacher_rollouts.end_step=1"]
-    small += ["rollout.prompts_per_step=4", "rollout.group_size=2", "train.steps=1", "train.warmup_steps=0"]
+    small += [
+        "train.rows_per_microbatch=2",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=2",
+        "train.steps=1",
+        "train.warmup_steps=0",
+    ]
     small += ["evaluate.teacher=false", "evaluate.samples=1", "parallel.ranks=1", "parallel.tensor=1"]
     sets = [word for setting in small for word in ("--set", setting)]
     words = {
