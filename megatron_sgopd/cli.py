@@ -28,6 +28,7 @@ from megatron_sgopd.monitor.diagnosis import diagnosis
 from megatron_sgopd.monitor.output import EXIT_STOPPED, LOGS, SUMMARY, claimed, run_folder
 from megatron_sgopd.precision.command import add_command as add_noise_floor
 from megatron_sgopd.processes import (
+    NO_HUB,
     RUN_HELD,
     SAFE_PATH,
     STOP_SIGNALS,
@@ -54,6 +55,7 @@ _LONGEST_STOP = 24 * 3600
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input gives one message on stderr and exit code 2."""
+    os.environ.update(NO_HUB | os.environ)
     with printable_output():
         return _run(_parser().parse_args(argv))
 
@@ -156,6 +158,7 @@ def _train_as_rank(recipe: Recipe, flags: Sequence[str]) -> int:
     from megatron_sgopd.pretrain import main as pretrain
     from megatron_sgopd.recipe import write_resolved
 
+    os.environ.update(SAFE_PATH)  # for what Megatron and vLLM start
     adopt_slurm_ranks()
     if int(os.environ["WORLD_SIZE"]) != recipe.parallel.ranks:
         raise ConfigError(

@@ -17,6 +17,7 @@ from megatron_sgopd.config import Settings, parse_flags
 from megatron_sgopd.monitor.attempts import begin_attempt, end_attempt
 from megatron_sgopd.monitor.output import EXIT_STOPPED, Result, claimed, reporting_errors, run_folder
 from megatron_sgopd.processes import (
+    NO_HUB,
     RUN_HELD,
     begin_rank,
     end_with_rank,
@@ -32,6 +33,7 @@ def main(prepare: Callable[[], None] = lambda: None) -> int:
     Args:
         prepare: called by the first rank once the run folder is its own.
     """
+    os.environ.update(NO_HUB | os.environ)
     begin_rank()
     hold_stop_signals()  # one that arrives while the libraries load is found when the run listens
     settings, _ = parse_flags(sys.argv[1:])

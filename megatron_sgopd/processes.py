@@ -27,6 +27,8 @@ PORT_PATIENCE = 60.0
 """Seconds for which a port may be in use: that of a job's last attempt is for a while."""
 RUN_HELD = "SGOPD_RUN_HELD"
 """Environment variable by which a launcher tells ranks that it has claimed their run folder."""
+NO_HUB = {"HF_HUB_OFFLINE": "1"}
+"""Default environment of our commands: models and data sets are folders, and nobody is asked for others."""
 _PR_SET_PDEATHSIG = 1
 _RANK_PID = "SGOPD_RANK_PID"
 _FIRST_PARENT = os.getppid()

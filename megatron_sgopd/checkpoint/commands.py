@@ -21,7 +21,8 @@ def add_commands(commands: Any) -> None:
         "convert",
         help="turn a Hugging Face folder into a Megatron checkpoint, or back",
         description="Convert, then prove that both are the same model. Under torchrun or srun the ranks share the "
-        "files. A conversion that was cut off goes on when it is started again with the same arguments.",
+        "files. A conversion that was cut off goes on when it is started again with the same arguments. The output is "
+        "meant for others: it has the permissions that your umask gives.",
         epilog="Exit codes: 0 converted and proven, 1 the proof failed (the output stays at OUT.partial), 2 bad input.",
     )
     directions = convert.add_subparsers(metavar="DIRECTION", required=True)
@@ -59,7 +60,8 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="turn a run's checkpoint into a Hugging Face folder",
-        description="Like convert to-hf, with config and tokenizer of the run's model.",
+        description="Like convert to-hf, with config and tokenizer of the run's model. The output is meant for others: "
+        "it has the permissions that your umask gives, also where the run is private.",
         epilog="Example: megatron-sgopd export runs/demo out --step 72",
     )
     _add_hugging_face(export, "RUN", "run folder")

@@ -19,7 +19,8 @@ def add_command(commands: Any) -> None:
         "by the gate's verdict. Runs that differ in seed and run_dir alone share one curve. A run may still be going "
         "on; with --live the page is served on this machine alone, and follows it.",
         epilog="Example: megatron-sgopd report runs/compare/cells/*/*  ·  To see a job on a cluster's node: "
-        "megatron-sgopd report --live RUN there, and ssh -L 8765:localhost:8765 NODE here.",
+        "megatron-sgopd report --live RUN there, ssh -L 8765:localhost:8765 NODE here, then open the address that it "
+        "printed.",
     )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders (run_dir of a recipe)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html; of many: report.html)")

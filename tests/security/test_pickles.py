@@ -263,7 +263,7 @@ def test_receipts_of_a_conversion_that_was_cut_off_are_not_executed(
     mark, out = tmp_path / "executed", tmp_path / "out"
     command = ["convert", "to-megatron", tiny_models["qwen2"], out, "--part-size", "100KB"]
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
     run_all([command], prelude=limited, succeed=False)
     receipts = tmp_path / "out.partial/release/receipts"
     receipts.mkdir(parents=True, exist_ok=True)
