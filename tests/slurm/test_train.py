@@ -59,6 +59,7 @@ def test_a_job_that_is_asked_to_stop_queues_itself_again_and_ends_as_if_it_had_n
     assert {attempt.job for attempt in attempts} == {str(job)}
     assert "requeue: yes, from step" in (run_dir / "job.out").read_text()
     assert not (REPOSITORY / "x").exists(), "a setting has come into a shell"
+    assert (run_dir / "job.out").stat().st_mode & 0o077 == 0, "it holds prompts and responses"
     assert_as_uninterrupted(run_dir, main_run)
 
 

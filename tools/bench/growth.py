@@ -197,7 +197,7 @@ def bank(folder: Path) -> dict[str, float]:
     tokens = array("i", range(32_768))
     rollouts = [
         StoredRollout(f"problem {number}", sample, tokens[:], "text " * 100, False, 1, "1", "right")
-        for number in range(16)
+        for number in range(64)
         for sample in range(4)
     ]
     count = len(rollouts) * len(tokens) / 1e6
@@ -210,7 +210,7 @@ def bank(folder: Path) -> dict[str, float]:
             assert len(found.of(f"problem {number}")) == 4
 
     work("first_bank", 1)  # libraries load at the first
-    used = taken(lambda: work("bank", 16))
+    used = taken(lambda: work("bank", 64))
     return {name: value / count for name, value in used.items()}
 
 
