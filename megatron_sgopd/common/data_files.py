@@ -25,7 +25,10 @@ def check_inside(folder: Path, files: Iterable[Path]) -> None:
     top = folder.resolve()
     blobs = [top.parent.parent / "blobs"] if top.parent.name == "snapshots" else []
     for file in files:
-        real = file.resolve()
+        try:
+            real = file.resolve()
+        except OSError as error:  # links in a circle
+            raise ConfigError(f"{file} cannot be read: {error.strerror}: put the file itself there") from None
         if not any(real.is_relative_to(allowed) for allowed in (top, *blobs)):
             raise ConfigError(
                 f"{file} leads out of its folder, to {real}: it is not read; put the file itself there, or name the "

@@ -28,7 +28,7 @@ def respond(
     verification.start(trajectories)()
     results = verification.all_results()
     shape = len(prompts), settings.samples
-    answers = [result.extracted for result in results]
+    answers = [result.vote or result.extracted for result in results]
     return Responses(
         np.array([result.outcome for result in results]).reshape(shape),
         [answers[start : start + settings.samples] for start in range(0, len(answers), settings.samples)],

@@ -187,7 +187,7 @@ def responses(bank: RolloutBank, prompts: Sequence[Prompt]) -> Responses:
     rollouts = [bank.of(prompt.problem) for prompt in prompts]
     return Responses(
         np.array([[rollout.outcome for rollout in each] for each in rollouts]),
-        [[rollout.extracted for rollout in each] for each in rollouts],
+        [[rollout.vote or rollout.extracted for rollout in each] for each in rollouts],
         np.array([[rollout.truncated for rollout in each] for each in rollouts]),
     )
 

@@ -18,7 +18,7 @@ class Responses:
     outcomes_PN: np.ndarray
     """0 or 1."""
     answers_PN: Sequence[Sequence[str | None]]
-    """What each response answers."""
+    """What each response answers; the same text for the same answer."""
     truncated_PN: np.ndarray
     """bool."""
 

@@ -44,6 +44,7 @@ _SCHEMA = pa.schema(
         ("outcome", pa.int8()),
         ("extracted", pa.string()),
         ("reason", pa.string()),
+        ("vote", pa.string()),
     ]
 )
 _GROUP_ROLLOUTS = 1024
@@ -90,6 +91,8 @@ class StoredRollout:
     """The answer as found in the response."""
     reason: str
     """Of the verifier."""
+    vote: str | None = None
+    """As of VerifierResult."""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,15 @@ def judged_rollouts(
     """As they are kept in a bank."""
     return [
         StoredRollout(
-            t.prompt.problem, t.sample, array("i", t.token_ids), text, t.truncated, r.outcome, r.extracted, r.reason
+            t.prompt.problem,
+            t.sample,
+            array("i", t.token_ids),
+            text,
+            t.truncated,
+            r.outcome,
+            r.extracted,
+            r.reason,
+            r.vote,
         )
         for t, text, r in zip(trajectories, texts, results, strict=True)
     ]

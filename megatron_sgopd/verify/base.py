@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.imports import import_function
+from megatron_sgopd.verify.reading import final_answer
 
 MAX_ANSWER = 1000
 """Characters by which an answer may exceed the reference; a longer one is wrong unseen, since parsers are slow."""
@@ -40,6 +40,8 @@ class VerifierResult:
     reason: str
     """right, wrong, no answer, too long (by the verifier); unreadable (EXCEPTION), timeout, memory, crashed (by the
     pool, where the verifier raised, was too slow, took too much, or died); truncated (never given to a verifier)."""
+    vote: str | None = None
+    """One spelling for answers that are the same, by which majorities are counted; None: `extracted` itself."""
 
 
 Verifier = Callable[[VerifyRequest], VerifierResult]
@@ -92,48 +94,6 @@ def judged(right: bool, extracted: str) -> VerifierResult:
     return VerifierResult(int(right), extracted, "right" if right else "wrong")
 
 
-# ---- Finding the answer ----------------------------------------------------------------------------------
-
-_MARKERS = ("\\boxed{", "<answer>", "####")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
-
-def last_lines(request: VerifyRequest) -> str:
-    """The end of the response: as many lines as the reference has."""
-    return "\n".join(request.response.strip().split("\n")[-1 - request.answer.strip().count("\n") :]).strip()
-
-
-def stated_answer(request: VerifyRequest, unmarked: Callable[[VerifyRequest], str] = last_lines) -> str | None:
-    """The marked answer, or what `unmarked` finds in a response without any mark.
-
-    None where there is none: an empty one, or one that was begun and not closed.
-    """
-    if any(marker in request.response for marker in _MARKERS):
-        return extract_answer(request.response) or None
-    return unmarked(request) or None
-
-
-def extract_answer(response: str) -> str | None:
-    """The last \\boxed{…}, else the last <answer>…</answer>, else what follows the last ####; None if there is none."""
-    boxed = _last_boxed(response)
-    if boxed is not None:
-        return boxed.strip()
-    # The last pair alone is searched: an endless row of <answer> would make a search over all of them quadratic.
-    start = response.rfind("<answer>")
-    if start >= 0 and (match := _TAGGED.match(response, start)):
-        return match[1].strip()
-    _, marker, after = response.rpartition("####")
-    return after.strip().partition("\n")[0] if marker else None
-
-
-def _last_boxed(response: str) -> str | None:
-    """The balanced braces behind the last \\boxed."""
-    start = response.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for position in range(start + len("\\boxed"), len(response)):
-        depth += {"{": 1, "}": -1}.get(response[position], 0)
-        if depth == 0:
-            return response[start + len("\\boxed{") : position]
-    return None
+def stated_answer(request: VerifyRequest) -> str | None:
+    """The final answer as it stands in the response; None where none can be read."""
+    return final_answer(request.response, 1 + request.answer.strip().count("\n"))

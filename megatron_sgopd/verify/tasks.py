@@ -13,6 +13,7 @@ from reasoning_gym.factory import DATASETS
 
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.verify.base import MAX_ANSWER, VerifierResult, VerifyRequest, judged, stated_answer
+from megatron_sgopd.verify.notation import undecorated
 
 _EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
 
@@ -30,7 +31,8 @@ def verify(request: VerifyRequest) -> VerifierResult:
     if extracted == request.answer.strip():
         return judged(True, extracted)
     entry = {"question": request.prompt, "answer": request.answer, "metadata": request.metadata}
-    return judged(scorer(request.task)(extracted, entry) >= 1.0 - 1e-9, extracted)
+    forms = dict.fromkeys((extracted, undecorated(extracted)))
+    return judged(any(scorer(request.task)(form, entry) >= 1.0 - 1e-9 for form in forms), extracted)
 
 
 @cache

@@ -95,7 +95,8 @@ def _judge(verifier: Verifier, request: VerifyRequest) -> list[Any] | str:
             "the reason as text"
         )
     extracted = None if result.extracted is None else result.extracted[:MAX_ANSWER]
-    return [int(result.outcome), extracted, result.reason]
+    vote = None if result.vote is None else result.vote[:MAX_ANSWER]
+    return [int(result.outcome), extracted, result.reason, vote]
 
 
 def _is_proper(result: Any) -> bool:
@@ -105,6 +106,7 @@ def _is_proper(result: Any) -> bool:
         and result.outcome in (0, 1)
         and (result.extracted is None or isinstance(result.extracted, str))
         and isinstance(result.reason, str)
+        and (result.vote is None or isinstance(result.vote, str))
     )
 
 

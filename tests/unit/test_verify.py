@@ -11,10 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from answer_cases import PAIRS
+from answer_cases import WRONG as WRONG_ANSWERS
 
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.verify.base import VerifierResult, VerifyRequest, exact, extract_answer, judged, resolve_verifier
+from megatron_sgopd.verify.base import VerifierResult, VerifyRequest, exact, judged, resolve_verifier
+from megatron_sgopd.verify.equality import vote
 from megatron_sgopd.verify.pool import VerifierPool
+from megatron_sgopd.verify.reading import final_answer
 
 MATH = resolve_verifier("math")
 
@@ -114,11 +118,43 @@ def test_mathematics_that_is_wrong(answer: str, response: str):
     assert MATH(request(response, answer)).outcome == 0
 
 
-def test_extraction_prefers_the_last_box_then_the_last_tag_then_the_hashes():
-    assert extract_answer("#### 1 <answer>2</answer> \\boxed{3{4}}") == "3{4}"
-    assert extract_answer("#### 1 <answer> 2 </answer>") == "2"
-    assert extract_answer("#### 1\nrest") == "1"
-    assert extract_answer("nothing") is None
+@pytest.mark.parametrize(("kind", "answer", "right", "wrong"), PAIRS)
+def test_a_right_answer_is_accepted_and_one_that_is_nearly_like_it_is_not(
+    kind: str, answer: str, right: str, wrong: str
+) -> None:
+    assert MATH(request(right, answer)).outcome == 1, kind
+    assert MATH(request(wrong, answer)).outcome == 0, kind
+
+
+@pytest.mark.parametrize(("kind", "answer", "response"), WRONG_ANSWERS)
+def test_a_false_answer_is_not_accepted(kind: str, answer: str, response: str) -> None:
+    assert MATH(request(response, answer)).outcome == 0, kind
+
+
+def test_the_last_box_goes_before_a_tag_before_hashes_before_words() -> None:
+    assert final_answer("#### 1 <answer>2</answer> \\boxed{3{4}}") == "3{4}"
+    assert final_answer("#### 1\n<answer> 2 </answer>") == "2"
+    assert final_answer("The answer is 5.\n#### 1\nrest") == "1"
+    assert final_answer("The answer is 5. It is more than 4.") == "5"
+    assert final_answer("It is more than 4.") == "4"
+    assert final_answer("nothing") == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        ("0.5", "\\frac12", "0.51"),
+        ("1,000", "1000", "1,00"),
+        ("x=5", "5", "6"),
+        ("\\text{Yes}", "yes", "no"),
+        ("1, 2", "2 and 1", "2, 2"),
+        ("(A) 12", "A", "B"),
+        ("(1,2)", "( 1 , 2 )", "(2,1)"),
+        ("5 cm", "5", "5\\%"),
+    ],
+)
+def test_votes_are_counted_by_answers_and_not_by_spellings(one: str, same: str, other: str) -> None:
+    assert vote(one) == vote(same) != vote(other)
 
 
 def test_exact_compares_letters():
