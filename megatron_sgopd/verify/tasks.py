@@ -14,6 +14,7 @@ from reasoning_gym.factory import DATASETS
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.verify.base import MAX_ANSWER, VerifierResult, VerifyRequest, judged, stated_answer
 from megatron_sgopd.verify.notation import undecorated
+from megatron_sgopd.verify.own_scores import OWN_SCORES
 
 _EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
 
@@ -37,12 +38,14 @@ def verify(request: VerifyRequest) -> VerifierResult:
 
 @cache
 def scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    """The task's scoring function.
+    """The task's scoring function: reasoning-gym's, or ours where that would evaluate the answer as code.
 
     Raises:
-        ConfigError: no such task, or a scorer that would evaluate the answer as code.
+        ConfigError: no such task, or a scorer that would evaluate the answer as code and has none of ours.
     """
-    if task not in DATASETS:
+    if task in OWN_SCORES:
+        return OWN_SCORES[task]
+    if task not in DATASETS or task == "composite":
         raise ConfigError(f"verify.verifier 'task' needs prompts of a reasoning-gym task, not of {task!r}: use math")
     if _EVALUATES.search(inspect.getsource(DATASETS[task][0].score_answer)):
         raise ConfigError(

@@ -193,12 +193,54 @@ def test_a_task_may_accept_other_answers_than_the_reference():
     assert [r.outcome for r in results] == [1, 0]
 
 
-@pytest.mark.parametrize("task", ["spiral_matrix", "countdown", "polynomial_multiplication", "n_queens"])
-def test_scorers_that_evaluate_the_answer_are_refused(task: str):
-    from megatron_sgopd.verify.tasks import scorer
+def test_reasoning_gyms_own_answers_are_right_by_task_and_by_mathematics() -> None:
+    """Of every task that has one: 100 of its 106."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
 
-    with pytest.raises(ConfigError, match="evaluates the answer as Python code"):
-        scorer(task)
+    judge, accepted = resolve_verifier("task"), 0
+    for task in sorted(DATASETS.keys() - {"composite"}):
+        entry = reasoning_gym.create_dataset(task, size=1, seed=1)[0]
+        if entry["answer"] is None:
+            continue
+        reference, metadata = str(entry["answer"]), json.loads(json.dumps(entry["metadata"], default=str))
+        said = VerifyRequest("", f"Let me see.\n<answer>{reference}</answer>", reference, task, metadata)
+        assert judge(said).outcome == 1, task
+        assert MATH(request(f"\\boxed{{{reference}}}", reference)).outcome == 1, (task, reference)
+        accepted += 1
+    assert accepted >= 100
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "metadata", "right", "wrong"),
+    [
+        ("countdown", "2*5 + 3", {"numbers": [2, 3, 5], "target": 13}, "(5*2)+3", "2+5*3"),
+        ("countdown", "2*5 + 3", {"numbers": [2, 3, 5], "target": 13}, "3+2*5", "13"),
+        ("puzzle24", "(1+3)*(2+4)", {"numbers": [1, 2, 3, 4]}, "(3+1)*(4+2)", "24"),
+        ("puzzle24", "8/(3-8/3)", {"numbers": [3, 3, 8, 8]}, "8/(3-(8/3))", "8*3+8-8/1"),
+        ("number_sorting", "['1.0', '2.5']", {}, '["1", "2.50"]', '["2.5", "1"]'),
+        ("polynomial_multiplication", "x**2 - 1", {}, "-1 + x**2", "x**2 + 1"),
+        ("simple_integration", "x**3 + C", {}, "x**3 + C", "3*x**2 + C"),
+        ("n_queens", "Q", {"valid_answers": ["Q", "_"]}, "_", "X"),
+        ("spiral_matrix", "1 2 3", {}, "1 2 3", "[1, 2, 3]"),
+    ],
+)
+def test_where_reasoning_gym_evaluates_answers_we_do_not(
+    task: str, answer: str, metadata: dict[str, object], right: str, wrong: str
+) -> None:
+    judge = resolve_verifier("task")
+    assert judge(request(f"<answer>{right}</answer>", answer, task, **metadata)).outcome == 1
+    assert judge(request(f"<answer>{wrong}</answer>", answer, task, **metadata)).outcome == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["__import__('os')", "1/0", "9**9**9", "1//1", "(" * 300 + "1", "1 2", "", "1e9", "lambda: 1", "-" * 400 + "1"],
+)
+def test_what_is_no_arithmetic_has_no_value(text: str) -> None:
+    from megatron_sgopd.verify.own_scores import arithmetic
+
+    assert arithmetic(text) is None or text.startswith("-")
 
 
 @pytest.mark.parametrize(
