@@ -180,12 +180,17 @@ class PromptSettings:
 
     source: str
     """A .jsonl or .parquet file, a Hugging Face dataset folder, or reasoning_gym:TASK (TASK+TASK: in turn)."""
-    prompt_field: str = "prompt"
-    """Column with the prompt: text, or a list of chat messages."""
-    answer_field: str = "answer"
-    """Column with the reference answer."""
-    answer_form: Literal["plain", "worked", "list"] = "plain"
-    """How it stands there: by itself, after the #### of a worked solution (GSM8K), or as a list of one."""
+    prompt_field: str | None = None
+    """Column with the prompt: text, or a list of chat messages; a path such as extra_info.question leads into a column.
+    Unset: known by the columns of public data sets (docs/data.md)."""
+    answer_field: str | None = None
+    """Column with the reference answer, or a path into one. Unset: known likewise."""
+    answer_form: Literal["plain", "worked", "boxed", "list"] | None = None
+    """How it stands there: by itself, after the last #### of a worked solution (GSM8K), in its last box, or as a list
+    of one. Unset: as its column and the first row show."""
+    unusable_rows: Literal["refuse", "skip"] = "refuse"
+    """Rows that are too long, or without prompt or answer: refuse the data, naming the first of them, or leave them out
+    and say how many."""
     size: int = Field(default=10_000, ge=1)
     """Problems to generate (reasoning-gym only)."""
     task_settings: dict[str, Any] = Field(default_factory=dict)

@@ -39,7 +39,7 @@ from megatron_sgopd.platform import current
 from megatron_sgopd.recipe import load_recipe, plan_here
 from megatron_sgopd.residency import Residency, Tenant
 from megatron_sgopd.rollout.engine import RolloutEngine
-from megatron_sgopd.rollout.prompts import Prompt, PromptStream
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet, PromptStream
 from megatron_sgopd.rollout.recording import Recording
 from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts, teacher_engine
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
@@ -330,6 +330,9 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         )
     last = monitor.last_metrics(["noise_floor", "logprob_gap_p95"])  # a step without a gap leaves the floor as it is
     run._set_noise_floor(last.get("logprob_gap_p95", last.get("noise_floor", math.nan)))
+    for name, prompts in (("data.train", inputs.train), ("data.heldout", inputs.heldout)):
+        if isinstance(prompts, PromptSet) and prompts.unusable:
+            monitor.note(f"{name}: {prompts.unusable} rows cannot be used and are left out: {prompts.problems[0]}")
     if inputs.train.excluded:
         monitor.note(f"{inputs.train.excluded} training prompts left out: they are held-out ones")
     monitor.note(f"models and engine are ready after {clock.since_lap():.0f} s")

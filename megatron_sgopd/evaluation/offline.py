@@ -23,7 +23,6 @@ from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.common.ownership import keep_private
 from megatron_sgopd.config import ALONE_MEMORY_FRACTION, PromptSettings, Recipe, RolloutSettings, VerifySettings
 from megatron_sgopd.errors import ConfigError, some
-from megatron_sgopd.evaluation.benchmarks import benchmark_prompts
 from megatron_sgopd.evaluation.contamination import overlapping
 from megatron_sgopd.evaluation.heldout import EVALUATION_STEP
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores, together
@@ -123,7 +122,8 @@ def _sources(arguments: argparse.Namespace, recipe: Recipe | None) -> list[tuple
     for text in arguments.data:
         name, separator, path = text.partition("=")
         file = Path(path if separator else text)
-        sources.append((name if separator else file.stem, benchmark_prompts(file, not arguments.no_chat_template)))
+        source = PromptSettings(source=str(file), chat_template=not arguments.no_chat_template)
+        sources.append((name if separator else file.stem, source))
     names = [name for name, _ in sources]
     if len(set(names)) < len(names):
         raise ConfigError(f"--data has two sets of one name among {', '.join(names)}: write NAME=FILE")
@@ -173,7 +173,7 @@ def _contamination(sets: Sequence[ProblemSet], files: Sequence[str]) -> dict[str
 
     def training() -> Iterator[str]:
         for file in files:
-            yield from prompt_texts(benchmark_prompts(Path(file)))
+            yield from prompt_texts(PromptSettings(source=str(file)))
 
     found = {}
     for problems in sets:

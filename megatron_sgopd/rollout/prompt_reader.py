@@ -16,7 +16,7 @@ from typing import Any
 from megatron_sgopd.checkpoint.files import new_file
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import read_prompts, write_prompts
+from megatron_sgopd.rollout.prompts import LeftOut, read_prompts, write_prompts
 from megatron_sgopd.rollout.tokenizer import load_tokenizer
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     model, memory_limit = sys.argv[1], int(sys.argv[2])
     sys.addaudithook(refuse_network)
     try:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model) if model else None
     except ConfigError as error:
         reply(error=str(error))
         return
@@ -40,9 +40,12 @@ def main() -> None:
     for line in sys.stdin:
         values, out = json.loads(line)
         try:
+            settings, left_out = PromptSettings(**values), LeftOut()
             with new_file(Path(out)) as file:
-                write_prompts(read_prompts(PromptSettings(**values), tokenizer), file, lambda read: reply(read=read))
+                prompts = read_prompts(settings, tokenizer, left_out)
+                write_prompts(prompts, file, lambda read: reply(read=read), left_out)
                 os.fsync(file.fileno())
+            left_out.check(settings)
         except ConfigError as error:
             reply(error=str(error))
         except MemoryError:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -21,7 +21,8 @@ from jinja2 import TemplateError
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.sources import Row, read_rows, short
+from megatron_sgopd.rollout.sources import Problems, Row, read_rows, short
+from megatron_sgopd.verify.reading import final_answer
 
 _EPOCH_END = ", "
 
@@ -58,18 +59,49 @@ _SCHEMA = pa.schema(
         ("text_hash", pa.uint64()),
     ]
 )
+_KEPT_PROBLEMS = 100
 _SET_INFO = b"megatron_sgopd"
 _BATCH_CHARACTERS = 1 << 22
 """About how many are tokenized at a time; a tokenizer's output is many times larger than what is kept of it."""
 _BATCH_PROMPTS = 2000
 
 
-def write_prompts(prompts: Iterable[Prompt], sink: Any, progress: Callable[[int], None] = lambda _: None) -> None:
+class LeftOut:
+    """Rows of a source that cannot be used: how many, and what is wrong with the first of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def __call__(self, problem: str) -> None:
+        """Count one."""
+        self.count += 1
+        if self.count <= _KEPT_PROBLEMS:
+            self.first.append(problem)
+
+    def check(self, settings: PromptSettings) -> None:
+        """Refuse a source of which a row was left out, unless the settings allow it.
+
+        Raises:
+            ConfigError: naming how many, and the first three.
+        """
+        if self.count and settings.unusable_rows == "refuse":
+            more = f"; {self.count} rows in all cannot be used: unusable_rows: skip leaves them out"
+            raise ConfigError("; ".join(self.first[:3]) + more * (self.count > 1))
+
+
+def write_prompts(
+    prompts: Iterable[Prompt],
+    sink: Any,
+    progress: Callable[[int], None] = lambda _: None,
+    left_out: LeftOut | None = None,
+) -> None:
     """Write prompts as an Arrow file, which `PromptSet` maps into memory; a part of them is held at a time.
 
     Args:
         sink: file open for writing, in bytes.
         progress: called with the number of prompts so far.
+        left_out: what reading them has left out, by the end.
     """
     digest, tasks, written = hashlib.blake2b(digest_size=16), set[str](), 0
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
@@ -82,7 +114,9 @@ def write_prompts(prompts: Iterable[Prompt], sink: Any, progress: Callable[[int]
             writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
             written += len(batch)
             progress(written)
-        info = json.dumps({"digest": digest.hexdigest(), "tasks": sorted(tasks)})
+        known: dict[str, Any] = {"digest": digest.hexdigest(), "tasks": sorted(tasks)}
+        known |= {"unusable": left_out.count if left_out else 0, "problems": left_out.first if left_out else []}
+        info = json.dumps(known)
         writer.write_batch(pa.RecordBatch.from_pylist([], _SCHEMA), custom_metadata={_SET_INFO: info.encode()})
 
 
@@ -117,15 +151,19 @@ class PromptSet(Sequence[Prompt]):
         self.tasks: list[str] = known["tasks"]
         """Names of the reasoning-gym tasks that they are of; an empty one for those of files."""
         self._digest: str = known["digest"]
+        self.unusable: int = known["unusable"]
+        """Rows of the source that were left out, since they cannot be used."""
+        self.problems: list[str] = known["problems"]
+        """What is wrong with the first of them."""
         self._rows = np.arange(len(self._table))
         self.excluded = 0
         """How many prompts were left out."""
 
     @classmethod
-    def of(cls, prompts: Iterable[Prompt]) -> PromptSet:
+    def of(cls, prompts: Iterable[Prompt], left_out: LeftOut | None = None) -> PromptSet:
         """Prompts that are there already, without a file."""
         sink = pa.BufferOutputStream()
-        write_prompts(prompts, sink)
+        write_prompts(prompts, sink, left_out=left_out)
         return cls(sink.getvalue())
 
     def without(self, others: Iterable[Prompt]) -> PromptSet:
@@ -190,50 +228,74 @@ def check_not_empty(prompts: PromptSet, source: str) -> None:
         raise ConfigError(f"{source} holds no prompts: give a source with at least one row")
 
 
-def read_prompts(settings: PromptSettings, tokenizer: Any) -> Iterator[Prompt]:
+def read_prompts(settings: PromptSettings, tokenizer: Any, problem: Problems) -> Iterator[Prompt]:
     """Read the prompts of a source and tokenize them, some at a time.
 
     Args:
-        tokenizer: a `transformers` tokenizer.
+        tokenizer: a `transformers` tokenizer; None to leave prompts as they are written, without tokens.
+        problem: told of each row that cannot be used, by file and line; it is left out.
 
     Raises:
-        ConfigError: naming the file and line, or the setting, that is wrong.
+        ConfigError: naming the file, or the setting, that is wrong.
     """
-    if settings.chat_template and not tokenizer.chat_template:
+    if tokenizer is not None and settings.chat_template and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
             "prompts as they are, or take an instruction-tuned model's tokenizer"
         )
-    index = itertools.count()
-    rendered = ((row, _text(row, settings, tokenizer)) for row in read_rows(settings))
-    for batch in batched_by_size(rendered, lambda one: len(one[1])):
-        texts = [text for _, text in batch]
-        token_ids = tokenizer(
-            texts, add_special_tokens=not settings.chat_template, return_attention_mask=False, verbose=False
-        ).input_ids
-        for (row, text), ids in zip(batch, token_ids, strict=True):
+    for batch in batched_by_size(_usable(settings, tokenizer, problem), lambda one: len(one.text)):
+        token_ids = _tokenized([prompt.text for prompt in batch], settings, tokenizer)
+        for prompt, ids in zip(batch, token_ids, strict=True):
             if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
-                raise ConfigError(
-                    f"{row.place}: the prompt has {len(ids)} tokens, but at most {settings.max_prompt_tokens} are "
+                problem(
+                    f"{prompt.place}: the prompt has {len(ids)} tokens, but at most {settings.max_prompt_tokens} are "
                     "allowed: leave it out, raise max_prompt_tokens, or raise train.row_tokens"
                 )
-            yield Prompt(f"problem {next(index)}", text, tuple(ids), _answer(row, settings), row.task, row.metadata)
+                continue
+            yield Prompt(prompt.id, prompt.text, tuple(ids), prompt.answer, prompt.task, prompt.metadata)
+
+
+@dataclass(frozen=True)
+class _Usable:
+    """A row that holds a prompt and an answer."""
+
+    place: str
+    id: str
+    text: str
+    answer: str
+    task: str
+    metadata: dict[str, Any]
+
+
+def _usable(settings: PromptSettings, tokenizer: Any, problem: Problems) -> Iterator[_Usable]:
+    for index, row in enumerate(read_rows(settings, problem)):
+        try:
+            text, answer = _text(row, settings, tokenizer), _answer(row)
+        except ConfigError as error:
+            problem(str(error))
+            continue
+        yield _Usable(row.place, f"problem {index}", text, answer, row.task, row.metadata)
+
+
+def _tokenized(texts: list[str], settings: PromptSettings, tokenizer: Any) -> list[list[int]]:
+    if tokenizer is None:
+        return [[] for _ in texts]
+    plain = not settings.chat_template
+    return tokenizer(texts, add_special_tokens=plain, return_attention_mask=False, verbose=False).input_ids
 
 
 def prompt_texts(settings: PromptSettings) -> Iterator[str]:
-    """The prompts of a source as they are written, without a chat template.
+    """The prompts of a source as they are written, without a chat template and without those that cannot be used.
 
     Raises:
         ConfigError: as `read_prompts`.
     """
-    for row in read_rows(settings):
-        messages = [{"content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        yield "\n".join(message["content"] for message in messages)
+    return (prompt.text for prompt in read_prompts(settings, None, lambda _: None))
 
 
 def _text(row: Row, settings: PromptSettings, tokenizer: Any) -> str:
     """What the model reads."""
-    name = settings.prompt_field
+    name = row.prompt_field
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     if not _are_messages(messages):
         raise ConfigError(
@@ -245,6 +307,8 @@ def _text(row: Row, settings: PromptSettings, tokenizer: Any) -> str:
     for message in messages:
         _check_unicode(message["role"], row.place, name)
         _check_unicode(message["content"], row.place, name)
+    if tokenizer is None:
+        return "\n".join(message["content"] for message in messages)
     if not settings.chat_template:
         if not isinstance(row.prompt, str):
             raise ConfigError(f"{row.place}: {name!r} holds chat messages, which need chat_template: true")
@@ -266,20 +330,35 @@ def _are_messages(messages: Any) -> bool:
     )
 
 
-def _answer(row: Row, settings: PromptSettings) -> str:
+def _answer(row: Row) -> str:
     """The reference answer; datasets often hold numbers as numbers."""
-    answer, name = row.answer, settings.answer_field
-    if settings.answer_form == "list" and isinstance(answer, list) and len(answer) == 1:
+    answer, name = row.answer, row.answer_field
+    if row.answer_form == "list" and isinstance(answer, list) and len(answer) == 1:
         [answer] = answer
     if answer is None or (isinstance(answer, float) and math.isnan(answer)) or not str(answer).strip():
         raise ConfigError(
             f"{row.place}: {name!r} is missing or empty ({short(answer)}), but every prompt needs a reference "
             + ("answer: choose another task" if row.task else "answer: fill it in or leave the row out")
         )
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or answer in (math.inf, -math.inf):
         raise ConfigError(f"{row.place}: {name!r} must be text or a number, not {short(answer)}: write it as text")
-    _check_unicode(str(answer), row.place, name)
-    return str(answer).rpartition("####")[2].strip() if settings.answer_form == "worked" else str(answer)
+    if isinstance(answer, (int, float)):
+        return decimal_text(answer)
+    _check_unicode(answer, row.place, name)
+    if row.answer_form == "plain" or row.answer_form == "list":
+        return answer
+    if row.answer_form == "worked":
+        found, where = (answer.rpartition("####")[2].strip() if "####" in answer else None), "after ####"
+    else:
+        found, where = (final_answer(answer) if "\\boxed" in answer else None), "in a box"
+    if not found:
+        raise ConfigError(f"{row.place}: {name!r} has no answer {where} ({short(answer[-40:])}): leave the row out")
+    return found
+
+
+def decimal_text(number: float) -> str:
+    """The shortest decimal of a number, without an exponent: 0.00005, and 3 of 3.0."""
+    return format(Decimal(repr(number)).normalize(), "f")
 
 
 def _check_unicode(text: str, place: str, name: str) -> None:

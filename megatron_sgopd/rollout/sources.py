@@ -11,10 +11,10 @@ import dataclasses
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sgopd.common.data_files import check_inside
 from megatron_sgopd.config import PromptSettings
@@ -34,6 +34,9 @@ class Row:
     answer: Any
     task: str = ""
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    answer_form: Literal["plain", "worked", "boxed", "list"] = "plain"
 
 
 def short(value: Any) -> str:
@@ -42,32 +45,63 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_rows(settings: PromptSettings) -> Iterator[Row]:
+Problems = Callable[[str], None]
+"""Takes what is wrong with a row that is left out."""
+
+
+def read_rows(settings: PromptSettings, problem: Problems) -> Iterator[Row]:
     """The rows of a source, as they stand there.
 
+    Args:
+        problem: told of rows that cannot be read.
+
     Raises:
-        ConfigError: naming the file and line, or the setting, that is wrong.
+        ConfigError: naming the file, or the setting, that is wrong.
     """
     if settings.source.startswith(REASONING_GYM):
         return _mixed_problems(settings, settings.source.removeprefix(REASONING_GYM).split("+"))
     path = Path(settings.source)
     if path.is_dir():
-        return _folder_rows(path, settings)
+        return _as_rows(_folder_rows(path, settings, problem), settings, problem)
     if not path.exists():
         raise ConfigError(
             f"{settings.source} does not exist: give a .jsonl or .parquet file, a dataset folder, or "
             f"{REASONING_GYM}TASK"
         )
     if path.suffix == ".jsonl":
-        return _json_lines(path, settings)
+        return _as_rows(_json_lines(path, problem), settings, problem)
     if path.suffix == ".parquet":
-        return _parquet_rows([str(path)], path, settings)
+        return _as_rows(_parquet_rows([str(path)], path, settings), settings, problem)
     raise ConfigError(
         f"{settings.source} has an unknown suffix {path.suffix!r}: give a .jsonl or .parquet file, or a dataset folder"
     )
 
 
-def _json_lines(path: Path, settings: PromptSettings) -> Iterator[Row]:
+Placed = tuple[str, dict[str, Any]]
+"""Source and line or row, and its columns."""
+
+
+def _as_rows(placed: Iterable[Placed], settings: PromptSettings, problem: Problems) -> Iterator[Row]:
+    fields: Fields | None = None
+    for place, columns in placed:
+        if fields is None:
+            fields = fields_of(columns, settings, place)
+        prompt, answer = value_at(columns, fields.prompt), value_at(columns, fields.answer)
+        if prompt is _MISSING or answer is _MISSING:
+            name, setting = (fields.prompt, "prompt_field") if prompt is _MISSING else (fields.answer, "answer_field")
+            problem(str(_no_field(list(columns), place, setting, name)))
+            continue
+        yield Row(
+            place,
+            prompt,
+            answer,
+            prompt_field=fields.prompt,
+            answer_field=fields.answer,
+            answer_form=fields.form,
+        )
+
+
+def _json_lines(path: Path, problem: Problems) -> Iterator[Placed]:
     # A reader of our own: errors must name the line, and `datasets` turns the text "1" into the number 1 where
     # other rows of its column hold something else than text.
     try:
@@ -82,16 +116,15 @@ def _json_lines(path: Path, settings: PromptSettings) -> Iterator[Row]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ConfigError(
-                    f"{place} is no JSON ({error}): {short(line.strip())}: correct or remove it"
-                ) from None
+                problem(f"{place} is no JSON ({error}): {short(line.strip())}: correct or remove it")
+                continue
             if not isinstance(value, dict):
-                raise ConfigError(f"{place} must be an object with fields, not {short(value)}: correct or remove it")
-            _check_fields(value, place, settings)
-            yield Row(place, value[settings.prompt_field], value[settings.answer_field])
+                problem(f"{place} must be an object with fields, not {short(value)}: correct or remove it")
+                continue
+            yield place, value
 
 
-def _folder_rows(path: Path, settings: PromptSettings) -> Iterator[Row]:
+def _folder_rows(path: Path, settings: PromptSettings, problem: Problems) -> Iterator[Placed]:
     import datasets
 
     _check_folder(path)
@@ -101,19 +134,18 @@ def _folder_rows(path: Path, settings: PromptSettings) -> Iterator[Row]:
         if isinstance(saved, datasets.DatasetDict):
             _check_split(saved, path, settings)
             saved = saved[settings.split]
-        _check_fields(saved.column_names, str(path), settings)
-        return _rows(saved.select_columns(_columns(settings)), path, settings)
+        return _rows(saved.select_columns(_columns(saved.column_names, path, settings)), path)
     with _datasets_errors(path):
         builder = datasets.load_dataset_builder(str(path))
     _check_split(builder.config.data_files, path, settings)
     files = builder.config.data_files[settings.split]
     check_inside(path, map(Path, files))
     if all(file.endswith(".jsonl") for file in files):
-        return itertools.chain.from_iterable(_json_lines(Path(file), settings) for file in files)
+        return itertools.chain.from_iterable(_json_lines(Path(file), problem) for file in files)
     if all(file.endswith(".parquet") for file in files):
         return _parquet_rows(files, path, settings)
     with _datasets_errors(path):  # streamed: nothing of it is unpacked into a cache
-        return _rows(builder.as_streaming_dataset(split=settings.split), path, settings)
+        return _rows(builder.as_streaming_dataset(split=settings.split), path)
 
 
 def _check_folder(path: Path) -> None:
@@ -160,7 +192,7 @@ def _texts_under(value: Any, keys: Sequence[str], within: bool = False) -> Itera
             yield from _texts_under(inner, keys, within)
 
 
-def _parquet_rows(files: Sequence[str], path: Path, settings: PromptSettings) -> Iterator[Row]:
+def _parquet_rows(files: Sequence[str], path: Path, settings: PromptSettings) -> Iterator[Placed]:
     from pyarrow.parquet import ParquetFile
 
     index = itertools.count()
@@ -169,32 +201,124 @@ def _parquet_rows(files: Sequence[str], path: Path, settings: PromptSettings) ->
             opened = ParquetFile(file)
         if not opened.metadata.num_rows:
             continue
-        _check_fields(opened.schema_arrow.names, file, settings)
-        batches = opened.iter_batches(_ROWS, columns=_columns(settings))
+        batches = opened.iter_batches(_ROWS, columns=_columns(opened.schema_arrow.names, path, settings))
         while True:
             with _datasets_errors(path):
                 batch = next(batches, None)
-                rows = [] if batch is None else batch.to_pylist()
+                rows = [] if batch is None else _to_rows(batch)
             if batch is None:
                 break
             for row in rows:
-                yield Row(f"{path}, row {next(index)}", row[settings.prompt_field], row[settings.answer_field])
+                yield f"{path}, row {next(index)}", row
 
 
-def _rows(dataset: Iterable[dict[str, Any]], path: Path, settings: PromptSettings) -> Iterator[Row]:
+def _to_rows(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a batch; numbers of few bits as the shortest decimal that is theirs, not as the longer one of many."""
+    import pyarrow as pa
+
+    rows = batch.to_pylist()
+    for name, kind in zip(batch.schema.names, batch.schema.types, strict=True):
+        if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+            narrow = kind.to_pandas_dtype()
+            for row in rows:
+                row[name] = row[name] and float(str(narrow(row[name])))
+    return rows
+
+
+def _rows(dataset: Iterable[dict[str, Any]], path: Path) -> Iterator[Placed]:
     rows, index = iter(dataset), itertools.count()
     while True:
         with _datasets_errors(path):
             some = list(itertools.islice(rows, _ROWS))
         for row in some:
-            _check_fields(row, str(path), settings)
-            yield Row(f"{path}, row {next(index)}", row[settings.prompt_field], row[settings.answer_field])
+            yield f"{path}, row {next(index)}", row
         if not some:
             return
 
 
-def _columns(settings: PromptSettings) -> list[str]:
-    return list(dict.fromkeys([settings.prompt_field, settings.answer_field]))
+def _columns(names: Sequence[str], path: Path, settings: PromptSettings) -> list[str]:
+    """Those that the prompts and answers are in, or may be; no other is read."""
+    wanted = [
+        known if given is None else [given]
+        for given, known in ((settings.prompt_field, _PROMPTS), (settings.answer_field, [*_ANSWERS, _SOLUTION]))
+    ]
+    found = [[name for name in names if any(name in (w, w.partition(".")[0]) for w in some)] for some in wanted]
+    for some, setting in zip(found, ("prompt_field", "answer_field"), strict=True):
+        if not some:
+            raise _no_field(names, str(path), setting, getattr(settings, setting))
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+# ---- Columns --------------------------------------------------------------------------------------------
+
+_PROMPTS = ("prompt", "problem", "Problem", "question")
+_ANSWERS = ("reward_model.ground_truth", "final_answer", "expected_answer", "answer", "Answer")
+_SOLUTION = "solution"
+"""Holds the answer in a box, where no column has it alone."""
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a data set has its prompts and answers."""
+
+    prompt: str
+    answer: str
+    form: Literal["plain", "worked", "boxed", "list"]
+
+
+def value_at(columns: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or at a path into one; `_MISSING` where there is none."""
+    if name in columns:
+        return columns[name]
+    first, _, rest = name.partition(".")
+    inner = columns.get(first)
+    return value_at(inner, rest) if rest and isinstance(inner, dict) else _MISSING
+
+
+def fields_of(columns: Mapping[str, Any], settings: PromptSettings, place: str) -> Fields:
+    """The fields that the settings name, else those that public data sets have.
+
+    Raises:
+        ConfigError: there are none, or several that could be meant.
+    """
+    prompt = settings.prompt_field or _one_of(_PROMPTS, columns, place, "prompt_field")
+    answer = settings.answer_field
+    if answer is None and any(value_at(columns, name) is not _MISSING for name in _ANSWERS):
+        answer = _one_of(_ANSWERS, columns, place, "answer_field")
+    answer = answer or (_SOLUTION if value_at(columns, _SOLUTION) is not _MISSING else None)
+    for name, setting in ((prompt, "prompt_field"), (answer, "answer_field")):
+        if name is None or value_at(columns, name) is _MISSING:
+            raise _no_field(list(columns), place, setting, name)
+    assert answer is not None
+    value = value_at(columns, answer)
+    form: Literal["plain", "worked", "boxed", "list"] = "plain"
+    if isinstance(value, list):
+        form = "list"
+    elif "\n####" in str(value):
+        form = "worked"
+    elif answer == _SOLUTION and settings.answer_field is None:
+        form = "boxed"
+    return Fields(prompt, answer, settings.answer_form or form)
+
+
+def _one_of(names: Sequence[str], columns: Mapping[str, Any], place: str, setting: str) -> str:
+    found = [name for name in names if value_at(columns, name) is not _MISSING]
+    if len(found) > 1:
+        raise ConfigError(f"{place}: {' and '.join(found)} could be meant: set {setting} to one of them")
+    if not found:
+        raise _no_field(list(columns), place, setting, None)
+    return found[0]
+
+
+def _no_field(names: Sequence[str], place: str, setting: str, name: str | None) -> ConfigError:
+    has = f"it has {', '.join(names) or 'none'}: set {setting}"
+    if name is None:
+        return ConfigError(f"{place} has no column of a name that is known for {setting}, {has}")
+    return ConfigError(f"{place} has no field {name!r}, {has}" + _did_you_mean(name, names))
+
+
+# ---- Data sets by their library -------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -226,17 +350,6 @@ def _check_split(splits: Iterable[str], path: Path, settings: PromptSettings) ->
         raise ConfigError(
             f"{path} has no split {settings.split!r}, it has {', '.join(names)}: set split to one of them"
         )
-
-
-def _check_fields(fields: Iterable[str], place: str, settings: PromptSettings) -> None:
-    names = list(fields)
-    for setting in ("prompt_field", "answer_field"):
-        name = getattr(settings, setting)
-        if name not in names:
-            raise ConfigError(
-                f"{place} has no field {name!r}, it has {', '.join(names) or 'none'}: set {setting}"
-                + _did_you_mean(name, names)
-            )
 
 
 def _mixed_problems(settings: PromptSettings, tasks: list[str]) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_sgopd.cli import main
-from megatron_sgopd.evaluation.benchmarks import benchmark_prompts
+from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.evaluation.contamination import overlapping
 from megatron_sgopd.rollout.bank import RolloutBank
 from megatron_sgopd.rollout.prompts import read_prompts
@@ -39,7 +39,7 @@ def test_benchmarks_are_read_by_their_own_column_names(name: str, suffix: str, t
         path.write_text("".join(json.dumps(row) + "\n" for row in SHAPES[name]))
     else:
         pq.write_table(pa.Table.from_pylist(SHAPES[name]), path)
-    [prompt] = read_prompts(benchmark_prompts(path), load_tokenizer(str(STUDENT)))
+    [prompt] = read_prompts(PromptSettings(source=str(path)), load_tokenizer(str(STUDENT)), pytest.fail)
     assert f"{SENTENCE}4 - 1 =" in prompt.text
     assert float(prompt.answer) == 3
 
@@ -127,8 +127,11 @@ def test_two_ranks_share_the_problems_and_find_the_same(main_run: Finished, tmp_
         (["--k", "one"], "--k 'one' is not of the form 1,8,32"),
         (["--samples", "0"], "--samples is 0"),
         ([], "there are no problems: give --data FILE, or a recipe with data.heldout"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["--data", "{columns}"], "has the columns text, label: one of prompt, problem, Problem, question"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (
+            ["--data", "{columns}"],
+            "has no column of a name that is known for prompt_field, it has text, label",
+        ),
         (["--data", "{good}", "--data", "{good}"], "two sets of one name"),
         (["--data", "{good}", "--verifier", "task"], "needs prompts of a reasoning-gym task"),
         (["--data", "{good}", "--verifier", "maths"], "did you mean 'math'"),

@@ -87,7 +87,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def rows(folder: Path) -> list[str]:
-    return [row.prompt for row in read_rows(PromptSettings(source=str(folder)))]
+    return [row.prompt for row in read_rows(PromptSettings(source=str(folder)), pytest.fail)]
 
 
 @pytest.mark.parametrize(

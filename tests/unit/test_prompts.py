@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, PromptStream, check_not_empty, read_prompts
+from megatron_sgopd.rollout.prompts import LeftOut, Prompt, PromptSet, PromptStream, check_not_empty, read_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
@@ -57,7 +58,9 @@ def write_lines(path: Path, *lines: object) -> PromptSettings:
 
 def load(settings: PromptSettings, exclude: PromptSet | tuple[()] = (), tokenizer: Any = TOKENIZER) -> PromptSet:
     """As the reader's process does, in this one."""
-    prompts = PromptSet.of(read_prompts(settings, tokenizer)).without(exclude)
+    left_out = LeftOut()
+    prompts = PromptSet.of(read_prompts(settings, tokenizer, left_out), left_out).without(exclude)
+    left_out.check(settings)
     check_not_empty(prompts, settings.source)
     return prompts
 
@@ -253,6 +256,89 @@ def test_many_tokens_take_few_bytes_each(tmp_path: Path) -> None:
     assert peak / tokens < 16
 
 
+# ---- Columns of public data sets -------------------------------------------------------------------------
+
+PROBLEM = "What is 4 - 1?"
+MESSAGES = [{"role": "user", "content": PROBLEM}]
+SHAPES: dict[str, dict[str, Any]] = {
+    "verl, DAPO": {"data_source": "x", "prompt": MESSAGES, "reward_model": {"ground_truth": "3", "style": "rule"}},
+    "verl's GSM8K": {"prompt": MESSAGES, "reward_model": {"ground_truth": "3"}, "extra_info": {"answer": "#### 3"}},
+    "OpenMathReasoning": {"problem": PROBLEM, "expected_answer": "3", "generated_solution": "\\boxed{4}"},
+    "NuminaMath": {"problem": PROBLEM, "solution": "So it is $\\boxed{3}$.", "source": "x"},
+    "NuminaMath 1.5": {"problem": PROBLEM, "solution": "So it is $\\boxed{4}$.", "answer": "3"},
+    "Big-Math": {"problem": PROBLEM, "answer": "3", "source": "x", "llama8b_solve_rate": 0.5},
+    "MATH": {"problem": PROBLEM, "solution": "Less one: $\\boxed{3}$", "level": "1", "type": "Algebra"},
+    "DeepMath": {"question": PROBLEM, "final_answer": "3", "difficulty": 5.0, "r1_solution_1": "\\boxed{4}"},
+    "GSM8K": {"question": PROBLEM, "answer": "Four less one is three.\n#### 3"},
+    "OlympiadBench": {"question": PROBLEM, "solution": ["It is 3."], "final_answer": ["3"]},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_public_data_sets_need_no_settings(name: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        write_lines(path, SHAPES[name])
+    else:
+        parquet.write_table(pa.Table.from_pylist([SHAPES[name]]), path)
+    [prompt] = load(PromptSettings(source=str(path)))
+    assert prompt.text == f"[user]{PROBLEM}\n[assistant]" and prompt.answer == "3"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x", "question": "y", "answer": "1"}, "prompt and question could be meant: set prompt_field"),
+        (
+            {"problem": "x", "answer": "1", "final_answer": "2"},
+            "final_answer and answer could be meant: set answer_field",
+        ),
+        ({"problem": "x", "solution": "no box"}, "'solution' has no answer in a box ('no box'): leave the row out"),
+        (
+            {"question": "x", "answer": "work\n####"},
+            "'answer' has no answer after #### ('work\\n####'): leave the row out",
+        ),
+    ],
+)
+def test_what_could_be_meant_is_not_guessed(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert message in refusal(write_lines(tmp_path / "p.jsonl", row))
+
+
+def test_a_path_leads_into_a_column(tmp_path: Path) -> None:
+    rows = [{"info": {"q": PROBLEM, "a": {"b": 3}}, "info.q": "literally"}, {"info": {"q": PROBLEM}, "info.q": "x"}]
+    source = write_lines(tmp_path / "p.jsonl", *rows).source
+    settings = PromptSettings(source=source, prompt_field="info.q", answer_field="info.a.b", unusable_rows="skip")
+    prompts = load(settings)
+    assert [(prompt.text, prompt.answer) for prompt in prompts] == [("[user]literally\n[assistant]", "3")]
+    assert prompts.unusable == 1 and "line 2 has no field 'info.a.b'" in prompts.problems[0]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_left_out_or_refused_by_the_first_three(tmp_path: Path) -> None:
+    rows = [ROWS[0], "{oops", {"prompt": "x", "answer": None}, {"prompt": " ", "answer": "1"}, ["x"], ROWS[1]]
+    settings = write_lines(tmp_path / "p.jsonl", *rows)
+    message = refusal(settings)
+    assert all(f"line {number}" in message for number in (2, 3, 4)) and "line 5" not in message
+    assert "4 rows in all cannot be used: unusable_rows: skip leaves them out" in message
+    prompts = load(PromptSettings(source=settings.source, unusable_rows="skip"))
+    assert [prompt.answer for prompt in prompts] == ["0", "2"] and prompts.unusable == 4
+    assert [prompt.id for prompt in prompts] == ["problem 0", "problem 3"], "their places among those that can be read"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.00005, "0.00005"), (3.0, "3"), (12, "12"), (1e21, "1000000000000000000000")]
+)
+def test_numbers_are_written_as_decimals(value: float, text: str, tmp_path: Path) -> None:
+    [prompt] = load(write_lines(tmp_path / "p.jsonl", {"prompt": "x", "answer": value}))
+    assert prompt.answer == text
+
+
+def test_numbers_of_few_bits_are_the_shortest_that_are_theirs(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["x", "y"], "answer": pa.array([0.1, 2.5], pa.float32())})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    assert [prompt.answer for prompt in load(PromptSettings(source=str(tmp_path / "p.parquet")))] == ["0.1", "2.5"]
+
+
 # ---- Order -----------------------------------------------------------------------------------------------
 
 DRAWS = st.lists(st.integers(0, 15), min_size=1, max_size=10)
@@ -318,14 +404,17 @@ BAD_LINES: dict[str, tuple[list[Any], str]] = {
         "line 3 has no field 'answer', it has prompt, anser: set answer_field (did you mean anser?)",
     ),
     "no prompt field": (
-        [{"question": "x", "answer": "1"}],
-        "has no field 'prompt', it has question, answer: set prompt",
+        [{"text": "x", "answer": "1"}],
+        "line 1 has no column of a name that is known for prompt_field, it has text, answer: set prompt_field",
     ),
-    "no fields": (["{}"], "line 1 has no field 'prompt', it has none"),
+    "no fields": (["{}"], "line 1 has no column of a name that is known for prompt_field, it has none"),
     "empty answer": ([{"prompt": "x", "answer": " "}], "line 1: 'answer' is missing or empty (' ')"),
     "null answer": ([{"prompt": "x", "answer": None}], "line 1: 'answer' is missing or empty (None)"),
     "answer that is no number": (['{"prompt": "x", "answer": NaN}'], "line 1: 'answer' is missing or empty (nan)"),
-    "answer that is a list": ([{"prompt": "x", "answer": [1]}], "line 1: 'answer' must be text or a number, not [1]"),
+    "answer that is a list": (
+        [{"prompt": "x", "answer": [1, 2]}],
+        "line 1: 'answer' must be text or a number, not [1, 2]",
+    ),
     "answer that is a truth": ([{"prompt": "x", "answer": True}], "'answer' must be text or a number, not True"),
     "prompt that is no text": ([{"prompt": 3, "answer": "1"}], "line 1: 'prompt' must be text or a list"),
     "messages without content": ([user(None)], "line 1: 'prompt' must be text or a list of chat messages"),
