@@ -27,8 +27,8 @@ def check_inside(folder: Path, files: Iterable[Path]) -> None:
     for file in files:
         try:
             real = file.resolve()
-        except OSError as error:  # links in a circle
-            raise ConfigError(f"{file} cannot be read: {error.strerror}: put the file itself there") from None
+        except (OSError, RuntimeError):
+            raise ConfigError(f"{file} is a link in a circle: put the file itself there") from None
         if not any(real.is_relative_to(allowed) for allowed in (top, *blobs)):
             raise ConfigError(
                 f"{file} leads out of its folder, to {real}: it is not read; put the file itself there, or name the "

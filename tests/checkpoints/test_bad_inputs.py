@@ -104,7 +104,7 @@ FOLDERS: dict[str, tuple[Prepare, str]] = {
     "unsupported": (_reconfigure(model_type="gpt2"), "use one of llama, mistral, qwen2, qwen3, qwen3_moe"),
     "pickle": (_pickled, "pickle files are never loaded"),
     "gguf": (_gguf, "tools/gguf_to_hf.py"),
-    "symlink loop": (_loop, "model.safetensors cannot be read: Too many levels of symbolic links"),
+    "symlink loop": (_loop, "model.safetensors is a link in a circle: put the file itself there"),
     "yarn": (_reconfigure(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type = 'yarn'"),
     "unknown field": (_reconfigure(logit_scale=0.5), "logit_scale = 0.5"),
 }

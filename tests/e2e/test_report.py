@@ -287,7 +287,7 @@ def test_live_follows_a_run_on_this_machine_alone(browser: Browser, main_run: Fi
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(stranger, timeout=10)
         (folder / "metrics.jsonl").write_text("broken\n")
-        browser.wait(lambda: "line 1 is not JSON" in browser.at("trouble").text)
+        browser.wait(lambda: "the line at byte 0 is not JSON" in browser.at("trouble").text)
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 130
         browser.wait(lambda: "does not answer" in browser.at("trouble").text)

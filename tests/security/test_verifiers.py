@@ -1,8 +1,10 @@
 """Answers, recordings and verifiers of others."""
 
 import dataclasses
-import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_sgopd.config import VerifySettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.processes import joined_ranks
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet
 from megatron_sgopd.rollout.recording import Recording
-from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.verify.base import VerifierResult, VerifyRequest
 from megatron_sgopd.verify.pool import VerifierPool
-from megatron_sgopd.verify.stage import Verification
+
+from ..commands import REPOSITORY
 
 OWN = Prompt("problem 0", "1 + 1 =", (1, 2), "2", "bitwise_arithmetic", {"problem": "1 + 1"})
 
@@ -137,32 +137,39 @@ def test_a_verifier_that_returns_something_else_is_named(verifier: Callable[...,
         pool.submit([request]).result()
 
 
+SETTLES = """
+import itertools, json, time
+from megatron_sgopd.platform import select
+from megatron_sgopd.verify import stage
+from tests.security.test_verifiers import OWN
+
 class Decodes:
-    def batch_decode(self, token_ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+    def batch_decode(self, token_ids, skip_special_tokens):
         return ["42" for _ in token_ids]
 
+stage._ROUND = 0.2
+settings = VerifySettings(verifier="tests.security.test_verifiers:is_slow", time_limit=0.5)
+signs = []
+select("cpu")
+with joined_ranks():
+    earlier = {"verifier_timeout": 3.0}
+    verification = stage.Verification(settings, Decodes(), earlier, alive=lambda: signs.append(time.monotonic()))
+    trajectories = [Trajectory(OWN, sample, (1,), (0.0,), truncated=False) for sample in range(6)]
+    outcomes = verification.start(trajectories)().tolist()
+    reasons = [result.reason for result in verification.all_results()]
+    verification.close()
+gaps = [later - sooner for sooner, later in itertools.pairwise(signs)]
+print(json.dumps([outcomes, reasons, verification.faults["verifier_timeout"], gaps]))
+"""
 
-def test_a_step_lives_as_long_as_slow_answers_settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And whoever waits for another rank's."""
-    from megatron_sgopd.platform import select
-    from megatron_sgopd.verify import stage
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(stage, "_ROUND", 0.2)
-    settings = VerifySettings(verifier="tests.security.test_verifiers:is_slow", time_limit=0.5)
-    signs: list[float] = []
-    select("cpu")
-    with joined_ranks():
-        verification = Verification(
-            settings, Decodes(), {"verifier_timeout": 3.0}, alive=lambda: signs.append(time.monotonic())
-        )
-        trajectories = [Trajectory(OWN, sample, (1,), (0.0,), truncated=False) for sample in range(6)]
-        outcomes = verification.start(trajectories)()
-        results = verification.all_results()
-        verification.close()
-    assert outcomes.tolist() == [0.0] * 6
-    assert [result.reason for result in results] == ["timeout"] * 6
-    assert verification.faults["verifier_timeout"] == 9, "with those of the attempts before"
-    gaps = [later - sooner for sooner, later in itertools.pairwise(signs)]
-    assert len(signs) >= 5 and max(gaps) < sum(gaps) / 2, "a sign for each answer or so, and none while nothing settles"
+def test_a_step_lives_as_long_as_slow_answers_settle() -> None:
+    """And so does whoever waits for another rank's."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in os.environ.items() if name not in ranks}
+    words = [sys.executable, "-c", SETTLES]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True, cwd=REPOSITORY, env=alone)
+    outcomes, reasons, timeouts, gaps = json.loads(done.stdout.splitlines()[-1])
+    assert outcomes == [0.0] * 6 and reasons == ["timeout"] * 6
+    assert timeouts == 9, "with those of the attempts before"
+    assert len(gaps) >= 4 and max(gaps) < sum(gaps) / 2, "a sign for each answer or so, and none while nothing settles"
