@@ -172,12 +172,10 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
 
     checkpoint = find_checkpoint(arguments.source, arguments.step)
-    if arguments.like is None:
-        arguments.like = source_of(checkpoint)
-        print(
-            f"convert: config and tokenizer are those of {arguments.like}, which the checkpoint names", file=sys.stderr
-        )
-    return _to_hugging_face(arguments, checkpoint, arguments.like)
+    code = _to_hugging_face(arguments, checkpoint, arguments.like or source_of(checkpoint))
+    if code == 0 and arguments.like is None:
+        print(f"Its config and tokenizer are those of {source_of(checkpoint)}, which the checkpoint names.")
+    return code
 
 
 def _export(arguments: argparse.Namespace) -> int:

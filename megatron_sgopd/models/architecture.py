@@ -124,7 +124,7 @@ _USED = frozenset(
 _EXPERT_FIELDS = frozenset(
     {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 )
-_LARGEST_SIZE = 1 << 24
+_LARGEST_SIZE = 1 << 26
 """Beyond the largest models by far: a number without limit would take a table of weights as long."""
 _LARGEST = {"num_hidden_layers": 1024, "num_experts": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 _FIXED: Mapping[str, Any] = {

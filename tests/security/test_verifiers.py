@@ -139,7 +139,10 @@ def test_a_verifier_that_returns_something_else_is_named(verifier: Callable[...,
 
 SETTLES = """
 import itertools, json, time
+from megatron_sgopd.config import VerifySettings
 from megatron_sgopd.platform import select
+from megatron_sgopd.processes import joined_ranks
+from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.verify import stage
 from tests.security.test_verifiers import OWN
 
