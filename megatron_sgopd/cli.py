@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
+    except Exception:  # here and not by the interpreter, so that it is printable too
+        traceback.print_exc()
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

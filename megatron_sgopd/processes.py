@@ -118,6 +118,10 @@ def rendezvous() -> Any:
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"several ranks were started without {' and '.join(missing)}: name the first one's node and port"
+        )
     host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
     listener = _listen_patiently(host, port).detach() if rank == 0 else None
     try:

@@ -69,12 +69,16 @@ def status(run: RunFolder) -> dict[str, Any]:
         "steps": steps,
         "left_seconds": left,
         "stages": [asdict(beat) | {"age_seconds": time.time() - beat.time} for beat in beats] if running else [],
-        "metrics": {name: last_step[name] for name in _SHOWN if name in last_step},
+        "metrics": {name: last_step[name] for name in _SHOWN if _can_be_shown(last_step.get(name))},
         "evaluations": [{name: line[name] for name in ("name", "step", "pass_rate")} for line in run.evaluations()],
         "attempts": [asdict(attempt) for attempt in attempts],
         "alarms": run.alarms,
         "job": _job(last.job) if last and last.job else None,
     }
+
+
+def _can_be_shown(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
 
 
 def _job(number: str) -> dict[str, str] | None:

@@ -34,9 +34,11 @@ MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
 export MASTER_ADDR MASTER_PORT
 
 # The output may hold prompts and responses: it is its owner's alone, unless SGOPD_SHARED_OUTPUT is set.
-if [ -z "${SGOPD_SHARED_OUTPUT:-}" ] && [ -f "/proc/$$/fd/1" ]; then
-    chmod go= "/proc/$$/fd/1"
-fi
+for output in "/proc/$$/fd/1" "/proc/$$/fd/2"; do
+    if [ -z "${SGOPD_SHARED_OUTPUT:-}" ] && [ -f "$output" ]; then
+        chmod go= "$output"
+    fi
+done
 echo "=== attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -Is), software $software"
 
 # run COMMAND …: every task runs `megatron-sgopd COMMAND …`; a signal that asks to stop reaches them all. Sets code.

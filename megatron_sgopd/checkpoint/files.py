@@ -161,8 +161,8 @@ class Staging:
             self.out.rmdir()
         umask = os.umask(0o077)
         os.umask(umask)
-        self.folder.chmod(0o777 & ~umask)  # it is meant for others too
         self.folder.rename(self.out)
+        self.out.chmod(0o777 & ~umask)  # it is meant for others too
         self._job.unlink()
         sync_path(self.out.absolute().parent)
 

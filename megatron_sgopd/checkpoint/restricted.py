@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from megatron_sgopd.common.data_files import check_inside
 from megatron_sgopd.errors import ConfigError
 
 METADATA = ".metadata"
@@ -114,8 +115,9 @@ def _read_metadata(reader: FileSystemReader, *args: Any, **kwargs: Any) -> Metad
         raise ConfigError(f"{path} has a tensor whose size is no size, or that its blocks do not lie in: refused")
     if any(place.offset < 0 or place.length < 0 for place in metadata.storage_data.values()):
         raise ConfigError(f"{path} names a place before the beginning of a file: refused")
+    folder = Path(reader.path)
+    check_inside(folder, (file for file in folder.iterdir() if file.is_symlink()))
     for name in {place.relative_path for place in metadata.storage_data.values()}:
-        file = Path(reader.path) / name
-        if Path(name).name != name or (file.is_symlink() and file.resolve().parent != path.resolve().parent):
+        if Path(name).name != name:
             raise ConfigError(f"{path} names {name!r}, which is not a file of its own folder: refused")
     return metadata

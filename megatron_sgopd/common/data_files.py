@@ -23,7 +23,7 @@ def check_inside(folder: Path, files: Iterable[Path]) -> None:
         ConfigError: naming the first that does not: it may be anybody's, and end up in an output.
     """
     top = folder.resolve()
-    blobs = [top.parent.parent / "blobs"] if top.parent.name == "snapshots" else []
+    blobs = [parent.parent / "blobs" for parent in top.parents if parent.name == "snapshots"]
     for file in files:
         try:
             real = file.resolve()

@@ -48,7 +48,10 @@ def check_ours(folder: Path, private: bool, setting: str = "run_dir") -> None:
     by_others = stat.S_IWOTH if top.st_mode & stat.S_IXOTH else 0
     by_group = stat.S_IWGRP if top.st_mode & stat.S_IXGRP else 0
     for path in _within(folder):
-        found = path.lstat()
+        try:
+            found = path.lstat()
+        except FileNotFoundError:  # another rank has removed it
+            continue
         shared = not private and found.st_gid == top.st_gid
         if found.st_uid != os.geteuid() and not shared:
             raise ConfigError(

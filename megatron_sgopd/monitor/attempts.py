@@ -56,9 +56,9 @@ def begin_attempt(run_dir: Path, step: int) -> None:
     """
     path = run_dir / ATTEMPTS
     shutil.rmtree(run_dir / HEARTBEATS, ignore_errors=True)
-    for rank, path in error_files(run_dir).items():
+    for rank, error in error_files(run_dir).items():
         if rank >= int(os.environ.get("WORLD_SIZE", "1")):
-            path.unlink(missing_ok=True)
+            error.unlink(missing_ok=True)
     if is_cut(path):
         write_atomically(path, path.read_bytes().rpartition(b"\n")[0] + b"\n")
     job = os.environ.get("SLURM_JOB_ID")

@@ -130,6 +130,10 @@ class Growing:
         self.path = path
         self._end, self._last = 0, b""
 
+    def forget(self) -> None:
+        """Give all lines anew the next time: what they were read for has failed."""
+        self._end, self._last = 0, b""
+
     def new_lines(self) -> tuple[bool, Iterator[tuple[int, bytes]]]:
         """Whether lines that were given before are no longer what the file has, and its new lines with their places."""
         if not self.path.is_file():
@@ -145,7 +149,7 @@ class Growing:
     def _read(self) -> Iterator[tuple[int, bytes]]:
         with self.path.open("rb") as file:
             file.seek(self._end)
-            for line in file:
+            for line in iter(lambda: file.readline(_LONGEST), b""):
                 if not line.endswith(b"\n"):
                     return
                 start, self._end, self._last = self._end, self._end + len(line), line
@@ -161,6 +165,8 @@ def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
         held, end = b"", 0  # the file's bytes from `position` on, and how many of them were not given yet
         while True:
             before = held.rfind(b"\n", 0, max(end - 1, 0))
+            if before < 0 and end > _LONGEST:
+                raise ConfigError(f"{path} has a line of more than {_LONGEST >> 20} MiB: remove that line")
             if before < 0 and position > 0:
                 block = min(size, position)
                 position, size = position - block, 2 * size  # doubled, so that a long line is not joined over and over

@@ -118,7 +118,7 @@ def is_claimed(run_dir: Path) -> bool:
 def error_files(run_dir: Path) -> dict[int, Path]:
     """The last words of ranks that have left some, by rank."""
     paths = {path.stem.removeprefix("rank-"): path for path in (run_dir / LOGS).glob("rank-*.error")}
-    return {int(rank): path for rank, path in paths.items() if rank.isdecimal()}
+    return {int(rank): path for rank, path in paths.items() if rank.isdecimal() and path.is_file()}
 
 
 @dataclass

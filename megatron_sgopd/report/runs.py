@@ -50,8 +50,18 @@ class RunFolder:
         return self.recent[-1]["step"] if self.recent else 0
 
     def evaluations(self) -> Iterator[dict[str, Any]]:
-        """The scores on the held-out problems, the first ones first."""
-        return read_json_lines(self.path / EVALUATIONS)
+        """The scores on the held-out problems, the first ones first.
+
+        Raises:
+            ConfigError: a line is not what a run writes.
+        """
+        for number, line in enumerate(read_json_lines(self.path / EVALUATIONS), start=1):
+            numbers = (line.get("step"), line.get("pass_rate"))
+            if not (isinstance(line.get("name"), str) and all(map(_is_number, numbers))):
+                raise ConfigError(
+                    f"{self.path / EVALUATIONS}, line {number} is not as a run writes it: remove that line"
+                )
+            yield line
 
 
 def read_run(path: Path) -> RunFolder:
@@ -67,7 +77,7 @@ def read_run(path: Path) -> RunFolder:
         )
     recipe = _recipe(path / RESOLVED)
     recent = list(itertools.islice(last_json_lines(path / METRICS), RECENT_STEPS))[::-1]
-    if any(not isinstance(line.get(name), int | float) for line in recent for name in ("step", "seconds")):
+    if not all(_is_number(line.get(name)) for line in recent for name in ("step", "seconds")):
         raise ConfigError(f"{path / METRICS} is not as a run writes it: a line has no step or no seconds")
     # A summary may be that of an earlier attempt with fewer steps.
     reached = not recipe or (recent and recent[-1]["step"] >= recipe["train"]["steps"])
@@ -85,6 +95,11 @@ def read_run(path: Path) -> RunFolder:
         ended=ended,
         alarms=alarms + _verifier_faults(recent[-1] if recent else {}),
     )
+
+
+def _is_number(value: Any) -> bool:
+    """One that a run may have counted or measured."""
+    return isinstance(value, int | float) and abs(value) < 1e15
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -131,6 +146,8 @@ class Samples:
             step = _STEP.match(line)
             if step is None:
                 number = len(self._lines) + 1
+                self._file.forget()
+                self._lines = []
                 raise ConfigError(f"{self._file.path}, line {number} is not a sampled response: remove that line")
             self._lines.append((int(step[1]), start, len(line)))
 
@@ -166,9 +183,10 @@ class Samples:
 
 def state(paths: Sequence[Path]) -> str:
     """Changes whenever something that a page shows does."""
-    found = []
+    found: list[Any] = []
     for path in paths:
-        named = [path / name for name in (RESOLVED, METRICS, EVALUATIONS, SAMPLES, SUMMARY)]
+        named = [path / name for name in (RESOLVED, METRICS, EVALUATIONS, SAMPLES, SUMMARY, ATTEMPTS)]
+        found.append(is_claimed(path))
         for file in (*named, *sorted((path / LOGS).glob("*.error"))):
             found.append((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None)
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()

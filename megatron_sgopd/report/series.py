@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.lines import Growing, parsed_line
 
 STAGE_PREFIX = "seconds/"
 """Of a stage's seconds among a step's numbers."""
+_MOST_NAMES = 2000
 _BATCH = 1000
 """Steps that are held as objects."""
 
@@ -37,8 +39,13 @@ class Series:
         again, lines = self._file.new_lines()
         if again:
             self._columns, self.steps = {}, 0
-        for batch in itertools.batched((line for _, line in lines), _BATCH):
-            self._add([self._parsed(line, self.steps + offset) for offset, line in enumerate(batch, start=1)])
+        try:
+            for batch in itertools.batched((line for _, line in lines), _BATCH):
+                self._add([self._parsed(line, self.steps + offset) for offset, line in enumerate(batch, start=1)])
+        except ConfigError:
+            self._file.forget()
+            self._columns, self.steps = {}, 0
+            raise
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
         try:
@@ -47,19 +54,22 @@ class Series:
             numbers = None
         if not isinstance(numbers, dict):
             numbers = parsed_line(line, f"{self._file.path}, line {number}")
-        stages = numbers.pop("stage_seconds", {}).items()
-        return numbers | {STAGE_PREFIX + stage: seconds for stage, seconds in stages}
+        stages = numbers.pop("stage_seconds", {})
+        named = stages.items() if isinstance(stages, dict) else ()
+        return numbers | {STAGE_PREFIX + stage: seconds for stage, seconds in named}
 
     def _add(self, steps: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(itertools.chain.from_iterable(steps)):
             values = [step.get(name, math.nan) for step in steps]
             try:
                 added = array("d", values)
-            except TypeError:
-                known = [value if isinstance(value, int | float) else math.nan for value in values]
+            except (TypeError, OverflowError):
+                known = [value if isinstance(value, float) or _is_small(value) else math.nan for value in values]
                 if name not in self._columns and all(map(math.isnan, known)):
                     continue  # no number
                 added = array("d", known)
+            if len(self._columns) > _MOST_NAMES:
+                raise ConfigError(f"{self._file.path} has more than {_MOST_NAMES} names: it is no run's")
             column = self._columns.setdefault(name, array("d"))
             column.extend(itertools.repeat(math.nan, self.steps - len(column)))
             column.extend(added)
@@ -77,6 +87,10 @@ class Series:
         values_N[: len(column)] = column
         values_N[~np.isfinite(values_N)] = math.nan
         return values_N
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 1 << 53
 
 
 def thinned(values_N: np.ndarray, points: int) -> np.ndarray:

@@ -47,6 +47,8 @@ _SCHEMA = pa.schema(
         ("vote", pa.string()),
     ]
 )
+_TEXTS = ["problem", "response", "extracted", "reason", "vote"]
+_LARGEST_GROUP = 1 << 29
 _GROUP_ROLLOUTS = 1024
 """About how many rollouts are read at a time, to look up one problem's,"""
 _GROUP_TOKENS = 1 << 17
@@ -187,11 +189,16 @@ class RolloutBank:
         self._read.move_to_end(place)
         table, spans = self._read[place]
         own = table.slice(*spans[problem])
-        tokens = own["token_ids"]
-        return [
-            StoredRollout(**row, token_ids=array("i", tokens[index].values.to_numpy().tobytes()))
-            for index, row in enumerate(own.drop_columns("token_ids").to_pylist())
-        ]
+        rows = zip(own.drop_columns("token_ids").to_pylist(), own["token_ids"], strict=True)
+        return [StoredRollout(**row, token_ids=self._tokens(tokens, place)) for row, tokens in rows]
+
+    def _tokens(self, tokens: Any, place: tuple[str, int]) -> array[int]:
+        values = None if tokens.values is None or tokens.values.null_count else tokens.values.to_numpy()
+        if values is None or (len(values) and values.min() < 0):
+            raise ConfigError(
+                f"{self.folder / place[0]}.parquet, row group {place[1]} has no token ids: remove the part"
+            )
+        return array("i", values.tobytes())
 
     def _row_group(self, name: str, index: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
         """The rollouts, and first row and number of each problem's."""
@@ -206,9 +213,22 @@ class RolloutBank:
                             f"{path}, {what}: the bytes are not those that were written: the disk or a copy damaged "
                             f"them; remove {name}.parquet and {name}.json, and their problems are made again"
                         )
-                table = pq.ParquetFile(file).read_row_group(index)
+                # Texts that are the same take their space once, however often they stand there.
+                opened = pq.ParquetFile(file, read_dictionary=_TEXTS)
+                tokens = opened.schema_arrow.names == _SCHEMA.names and opened.schema_arrow.field("token_ids").type
+                if not tokens or not pa.types.is_list(tokens) or tokens.value_type != pa.int32():
+                    raise ConfigError(f"{path} has other columns than a bank: remove both its files")
+                if opened.metadata.row_group(index).total_byte_size > _LARGEST_GROUP:
+                    raise ConfigError(
+                        f"{path}, row group {index} has more than {_LARGEST_GROUP >> 20} MiB: remove both"
+                    )
+                table = opened.read_row_group(index)
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+            raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (pa.ArrowException, KeyError) as error:  # the latter of a column that is not there
+            raise ConfigError(
+                f"{path} cannot be read ({' '.join(str(error).split())}): remove both its files"
+            ) from None
         problems = table["problem"].to_pylist()
         runs = [(problem, len(list(same))) for problem, same in itertools.groupby(problems)]
         starts = itertools.accumulate((count for _, count in runs), initial=0)

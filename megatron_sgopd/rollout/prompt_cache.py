@@ -17,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 from typing import Any
+
+import pyarrow as pa
 
 import megatron_sgopd
 from megatron_sgopd.checkpoint.files import locked
@@ -42,9 +44,10 @@ _ROW_LIMIT = 60.0
 """Seconds in which the reader must get on."""
 _START_LIMIT = 300.0
 """Seconds for it to load its libraries, from a slow shared file system too."""
-_KEPT_SECONDS = 30 * 24 * 3600
+_KEPT_SECONDS = 90 * 24 * 3600
 """After which a file that nobody used is removed."""
 _SHAPING = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "reasoning-gym")
+_LARGEST_TOKENIZER = 1 << 27
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
@@ -58,50 +61,73 @@ def load_prompts(sources: Sequence[PromptSettings], tokenizer: str) -> list[Prom
         ConfigError: naming the file and line, or the setting, that is wrong.
     """
     with contextlib.ExitStack() as stack:
-        folder = _cache_folder()
-        reader: _Reader | None = None
-        sets = []
-        for settings in sources:
-            if folder is None:
-                reader = reader or stack.enter_context(_Reader(tokenizer))
-                sets.append(_uncached(reader, settings))
-                continue
-            key = _key(settings, tokenizer)
-            path = folder / f"{key}.arrow"
-            if not path.is_file():
-                reader = reader or stack.enter_context(_Reader(tokenizer))
-                with _sole_maker(path):
-                    if not path.is_file():
-                        _make(reader, settings, path)
-                        if _key(settings, tokenizer) != key:
-                            path.unlink()
-                            raise ConfigError(
-                                f"{settings.source}, or {tokenizer}, has changed while it was read: again"
-                            )
-                        _remove_unused(folder)
-            os.utime(path)
-            sets.append(PromptSet(path))
+        reader = stack.enter_context(_Reader(tokenizer))
+        sets = [_load(reader, settings, tokenizer) for settings in sources]
     for prompts, settings in zip(sets, sources, strict=True):
         check_not_empty(prompts, settings.source)
     return sets
 
 
+def _load(reader: _Reader, settings: PromptSettings, tokenizer: str) -> PromptSet:
+    if (folder := _cache_folder()) is not None:
+        with contextlib.suppress(OSError):  # full, or without locks: as if there were none
+            return _cached(folder, reader, settings, tokenizer)
+    return _uncached(reader, settings)
+
+
 # ---- The cache ------------------------------------------------------------------------------------------
+
+
+def _cached(folder: Path, reader: _Reader, settings: PromptSettings, tokenizer: str) -> PromptSet:
+    key = _key(settings, tokenizer)
+    path = folder / f"{key}.arrow"
+    if path.is_file():
+        with contextlib.suppress(pa.ArrowInvalid):  # damaged: it is made anew
+            return _used(path)
+    with path.with_suffix(".lock").open("a") as lock:
+        while not locked(lock):  # another process makes it
+            time.sleep(0.2)
+        if not _is_whole(path):
+            temporary = path.with_suffix(".tmp")
+            try:
+                reader.read(settings, temporary)
+                if _key(settings, tokenizer) != key:
+                    raise ConfigError(f"{settings.source} or {tokenizer} has changed while it was read: start again")
+                temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _remove_unused(folder)
+        return _used(path)
+
+
+def _used(path: Path) -> PromptSet:
+    prompts = PromptSet(path)
+    os.utime(path)
+    return prompts
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.is_file() and len(PromptSet(path)) >= 0
+    except pa.ArrowInvalid:
+        return False
 
 
 def _cache_folder() -> Path | None:
     """The user's own folder, made if need be; None where nothing can be written, as in some containers.
 
     Raises:
-        ConfigError: others can have written there.
+        ConfigError: the folder that the environment names cannot be made, or others can have written there.
     """
     named = os.environ.get(CACHE)
-    folder = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-sgopd")
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+        root = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-sgopd")
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = root / "prompts"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter: there is no home
         if named:
-            raise ConfigError(f"{CACHE}={named} cannot be made ({error.strerror}): name another folder") from None
+            raise ConfigError(f"{CACHE}={named} cannot be made ({error}): name another folder") from None
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
@@ -111,55 +137,47 @@ def _cache_folder() -> Path | None:
 
 def _key(settings: PromptSettings, tokenizer: str) -> str:
     """Digest of all that can shape a prompt: every setting of the source, the bytes of its files and of the model's
-    folder but for weights, all of this package's code, and the versions of the libraries."""
+    folder but for weights, all of this package's code, and the versions of the libraries.
+
+    Raises:
+        ConfigError: a file of the source cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     libraries = {name: version(name) for name in _SHAPING}
     said = [dataclasses.asdict(settings), libraries, python_version()]
     digest.update(json.dumps(said, sort_keys=True).encode())
     package, model, source = Path(megatron_sgopd.__file__).parent, Path(tokenizer), Path(settings.source)
-    files = [*sorted(package.rglob("*.py")), *sorted(path for path in model.rglob("*") if _shapes_tokens(path, model))]
-    if not settings.source.startswith(REASONING_GYM):
-        files += sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    for path in files:
-        digest.update(json.dumps([path.name, path.stat().st_size if path.is_file() else None]).encode())
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).digest())
+    for path in sorted(package.rglob("*.py")):
+        _add_file(digest, path, package)
+    for path in sorted([*model.glob("*"), *model.glob("additional_chat_templates/*")]) if tokenizer else ():
+        if path.is_file() and path.suffix not in _WEIGHTS and path.stat().st_size <= _LARGEST_TOKENIZER:
+            with contextlib.suppress(PermissionError):  # whoever needs it says so
+                _add_file(digest, path, model)
+    if not settings.source.startswith(REASONING_GYM) and source.exists():
+        hidden = (path for path in source.rglob("*") if path.is_file())
+        files = sorted(p for p in hidden if not any(part.startswith(".") for part in p.relative_to(source).parts))
+        for path in files if source.is_dir() else [source]:
+            try:
+                _add_file(digest, path, source.parent)
+            except PermissionError as error:
+                raise ConfigError(f"{path} cannot be read ({error.strerror}): change its permissions") from None
     return digest.hexdigest()
 
 
-def _shapes_tokens(path: Path, model: Path) -> bool:
-    """A file that a tokenizer may be made of, in a model's folder or one level below."""
-    return path.suffix not in _WEIGHTS and len(path.relative_to(model).parts) <= 2 and path.is_file()
-
-
-@contextlib.contextmanager
-def _sole_maker(path: Path) -> Iterator[None]:
-    """Wait for another process that makes the same file."""
-    with path.with_suffix(".lock").open("a") as lock:
-        while not locked(lock):
-            time.sleep(0.2)
-        yield
+def _add_file(digest: hashlib.blake2b, path: Path, root: Path) -> None:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).digest()
+    digest.update(json.dumps(str(path.relative_to(root))).encode() + content)
 
 
 def _remove_unused(folder: Path) -> None:
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process does the same
-            if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+            if path.suffix in (".arrow", ".lock", ".tmp") and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
                 path.unlink()
 
 
 # ---- The reader -----------------------------------------------------------------------------------------
-
-
-def _make(reader: _Reader, settings: PromptSettings, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        reader.read(settings, temporary)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _uncached(reader: _Reader, settings: PromptSettings) -> PromptSet:
@@ -173,9 +191,13 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
     """The process that reads sources, one after the other."""
 
     def __init__(self, tokenizer: str) -> None:
+        """Of a model folder's tokenizer; the process starts when there is something to read."""
         self._tokenizer = tokenizer
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "megatron_sgopd.rollout.prompt_reader", tokenizer, str(MEMORY_LIMIT)],
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def _start(self, settings: PromptSettings) -> None:
+        self._running = subprocess.Popen(
+            [sys.executable, "-P", "-m", "megatron_sgopd.rollout.prompt_reader", self._tokenizer, str(MEMORY_LIMIT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,  # so that what was not read yet can be waited for
@@ -184,13 +206,15 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
             preexec_fn=die_with_parent,
             env={**os.environ, **SAFE_PATH, **_FRUGAL},
         )
-        self._started = False
+        self._next(settings, 0, _START_LIMIT)
 
     def __exit__(self, *exception: object) -> None:
+        if self._running is None:
+            return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+            os.killpg(self._running.pid, signal.SIGKILL)
+        self._running.wait()
+        for pipe in (self._running.stdin, self._running.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
@@ -201,15 +225,14 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
         Raises:
             ConfigError: something is wrong with the source, or with the template, or they take too much.
         """
-        assert self._process.stdin is not None
-        if not self._started:
-            self._next(settings, 0)
-            self._started = True
+        if self._running is None:
+            self._start(settings)
+        assert self._running is not None and self._running.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps([dataclasses.asdict(settings), str(out)]).encode() + b"\n")
+            self._running.stdin.write(json.dumps([dataclasses.asdict(settings), str(out)]).encode() + b"\n")
         read, shown = 0, time.monotonic()
         while True:
-            said = self._next(settings, read)
+            said = self._next(settings, read, _ROW_LIMIT)
             if "whole" in said:
                 return
             read = said.get("read", read)
@@ -217,9 +240,9 @@ class _Reader(contextlib.AbstractContextManager["_Reader"]):
                 shown = time.monotonic()
                 print(f"megatron-sgopd: {read:,} prompts of {settings.source} are tokenized", file=sys.stderr)
 
-    def _next(self, settings: PromptSettings, read: int) -> dict[str, Any]:
-        process, limit = self._process, _ROW_LIMIT if self._started else _START_LIMIT
-        assert process.stdout is not None
+    def _next(self, settings: PromptSettings, read: int, limit: float) -> dict[str, Any]:
+        process = self._running
+        assert process is not None and process.stdout is not None
         where = f"{settings.source}, after {read} prompts"
         if not select.select([process.stdout], [], [], limit)[0]:
             raise ConfigError(

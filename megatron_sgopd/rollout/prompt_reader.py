@@ -10,6 +10,8 @@ import json
 import os
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ def main() -> None:
         try:
             settings, left_out = PromptSettings(**values), LeftOut()
             with new_file(Path(out)) as file:
-                prompts = read_prompts(settings, tokenizer, left_out)
-                write_prompts(prompts, file, lambda read: reply(read=read), left_out)
+                prompts = read_prompts(settings, tokenizer, left_out, _each_second(reply))
+                write_prompts(prompts, file, left_out)
                 os.fsync(file.fileno())
             left_out.check(settings)
         except ConfigError as error:
@@ -55,8 +57,22 @@ def main() -> None:
             )
         except OSError as error:
             reply(error=f"{out} cannot be written ({error.strerror}): free some space, or set SGOPD_CACHE")
+        except Exception as error:  # whatever a library does on hostile bytes, it is a fault of the source
+            reply(error=f"{values['source']} cannot be read ({' '.join(repr(error).split())}): leave out what is wrong")
         else:
             reply(whole=True)
+
+
+def _each_second(reply: Callable[..., None]) -> Callable[[int], None]:
+    said = time.monotonic()
+
+    def progress(read: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 1:
+            said = time.monotonic()
+            reply(read=read)
+
+    return progress
 
 
 def refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
@@ -70,9 +86,12 @@ def refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _limit_memory(limit: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    total = pages * resource.getpagesize() + limit
-    resource.setrlimit(resource.RLIMIT_AS, (total, total))
+    """Of what is allocated, beyond the libraries; files that are mapped to be read do not count."""
+    [held] = [
+        line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")
+    ]
+    total = int(held) * 1024 + limit
+    resource.setrlimit(resource.RLIMIT_DATA, (total, total))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

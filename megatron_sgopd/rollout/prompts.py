@@ -90,20 +90,14 @@ class LeftOut:
             raise ConfigError("; ".join(self.first[:3]) + more * (self.count > 1))
 
 
-def write_prompts(
-    prompts: Iterable[Prompt],
-    sink: Any,
-    progress: Callable[[int], None] = lambda _: None,
-    left_out: LeftOut | None = None,
-) -> None:
+def write_prompts(prompts: Iterable[Prompt], sink: Any, left_out: LeftOut | None = None) -> None:
     """Write prompts as an Arrow file, which `PromptSet` maps into memory; a part of them is held at a time.
 
     Args:
         sink: file open for writing, in bytes.
-        progress: called with the number of prompts so far.
         left_out: what reading them has left out, by the end.
     """
-    digest, tasks, written = hashlib.blake2b(digest_size=16), set[str](), 0
+    digest, tasks = hashlib.blake2b(digest_size=16), set[str]()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         for batch in batched_by_size(prompts, lambda prompt: len(prompt.text)):
             rows = [vars(prompt) | {"metadata": json.dumps(prompt.metadata, sort_keys=True)} for prompt in batch]
@@ -112,8 +106,6 @@ def write_prompts(
                 digest.update(json.dumps(row, sort_keys=True).encode())
             tasks.update(prompt.task for prompt in batch)
             writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
-            written += len(batch)
-            progress(written)
         known: dict[str, Any] = {"digest": digest.hexdigest(), "tasks": sorted(tasks)}
         known |= {"unusable": left_out.count if left_out else 0, "problems": left_out.first if left_out else []}
         info = json.dumps(known)
@@ -228,12 +220,15 @@ def check_not_empty(prompts: PromptSet, source: str) -> None:
         raise ConfigError(f"{source} holds no prompts: give a source with at least one row")
 
 
-def read_prompts(settings: PromptSettings, tokenizer: Any, problem: Problems) -> Iterator[Prompt]:
+def read_prompts(
+    settings: PromptSettings, tokenizer: Any, problem: Problems, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Prompt]:
     """Read the prompts of a source and tokenize them, some at a time.
 
     Args:
         tokenizer: a `transformers` tokenizer; None to leave prompts as they are written, without tokens.
         problem: told of each row that cannot be used, by file and line; it is left out.
+        progress: called with the number of rows so far, for each of them.
 
     Raises:
         ConfigError: naming the file, or the setting, that is wrong.
@@ -243,7 +238,7 @@ def read_prompts(settings: PromptSettings, tokenizer: Any, problem: Problems) ->
             f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
             "prompts as they are, or take an instruction-tuned model's tokenizer"
         )
-    for batch in batched_by_size(_usable(settings, tokenizer, problem), lambda one: len(one.text)):
+    for batch in batched_by_size(_usable(settings, tokenizer, problem, progress), lambda one: len(one.text)):
         token_ids = _tokenized([prompt.text for prompt in batch], settings, tokenizer)
         for prompt, ids in zip(batch, token_ids, strict=True):
             if settings.max_prompt_tokens is not None and len(ids) > settings.max_prompt_tokens:
@@ -267,8 +262,11 @@ class _Usable:
     metadata: dict[str, Any]
 
 
-def _usable(settings: PromptSettings, tokenizer: Any, problem: Problems) -> Iterator[_Usable]:
+def _usable(
+    settings: PromptSettings, tokenizer: Any, problem: Problems, progress: Callable[[int], None]
+) -> Iterator[_Usable]:
     for index, row in enumerate(read_rows(settings, problem)):
+        progress(index)
         try:
             text, answer = _text(row, settings, tokenizer), _answer(row)
         except ConfigError as error:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,8 @@ def _folder_rows(path: Path, settings: PromptSettings, problem: Problems) -> Ite
         builder = datasets.load_dataset_builder(str(path))
     _check_split(builder.config.data_files, path, settings)
     files = builder.config.data_files[settings.split]
+    if addresses := [file for file in files if "://" in file or "::" in file]:
+        raise ConfigError(f"{path} names {addresses[0]!r}, which is not in its folder: remove that entry")
     check_inside(path, map(Path, files))
     if all(file.endswith(".jsonl") for file in files):
         return itertools.chain.from_iterable(_json_lines(Path(file), problem) for file in files)
@@ -164,18 +167,22 @@ def _check_folder(path: Path) -> None:
     for file, value in said:
         keys = ("_data_files", "filename", "splits") if file.suffix == ".json" else ("data_files", "data_dir", "path")
         for text in _texts_under(value, keys):
-            if "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
+            if "://" in text or "::" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
                 raise ConfigError(f"{file} names {text!r}, which is not in its folder: remove that entry")
+
+
+_FRONT_MATTER = re.compile(r"\s*---[^\S\r\n]*[\r\n](.*?)[\r\n]---", re.DOTALL)
+"""Of a card, as lenient as those who would follow what it says."""
 
 
 def _front_matter(card: Path) -> Any:
     import yaml
 
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
+    block = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+    if block is None:
         return None
     try:
-        return yaml.safe_load(text.removeprefix("---").partition("\n---")[0])
+        return yaml.safe_load(block[1])
     except (yaml.YAMLError, RecursionError):
         return None  # `datasets` says what is wrong
 
@@ -333,7 +340,7 @@ def _datasets_errors(path: Path) -> Iterator[None]:
         yield
     except IndexError:  # how it answers to a saved folder that has no rows
         raise ConfigError(f"{path} holds no prompts: give a source with at least one row") from None
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(
             f"{path} cannot be read as a dataset ({reason}): write it again, or give a .jsonl file"

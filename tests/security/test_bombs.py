@@ -1,5 +1,6 @@
 """What is small and unpacks to much, is nested deeply or never ends: one message, in bounded time and memory."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -16,13 +17,13 @@ from megatron_sgopd.common.data_files import read_json, read_yaml
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import read_architecture
-from megatron_sgopd.rollout import prompt_cache
-from megatron_sgopd.rollout.bank import RolloutBank, check_identity
+from megatron_sgopd.rollout import bank, prompt_cache
+from megatron_sgopd.rollout.bank import RolloutBank, check_identity, writing
 from megatron_sgopd.rollout.prompt_cache import load_prompts
 from megatron_sgopd.rollout.recording import Recording
 from megatron_sgopd.rollout.sources import read_rows
 
-from ..unit.test_bank import IDENTITY
+from ..unit.test_bank import IDENTITY, rollouts
 from .conftest import STUDENT, change_json
 
 Refused = Callable[..., str]
@@ -104,6 +105,34 @@ def test_a_manifest_a_bank_and_a_recording(tmp_path: Path) -> None:
     (tmp_path / "step_000000.json").write_text(DEEP)
     with pytest.raises(ConfigError, match=r"step_000000\.json is no recorded batch"):
         Recording(str(tmp_path), None, 100, None).load(0)
+
+
+def test_a_bank_whose_texts_unpack_to_much(tmp_path: Path) -> None:
+    with writing(tmp_path, IDENTITY, "train-0") as writer:
+        writer.write([dataclasses.replace(one, response="x" * 1_000_000) for one in rollouts(range(200), samples=1)])
+    before = psutil.Process().memory_info().rss
+    assert len(RolloutBank(tmp_path).of("problem 7")[0].response) == 1_000_000
+    assert psutil.Process().memory_info().rss - before < 100e6, "of 200 MB"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.drop_columns("reason"),
+        lambda table: table.append_column("more", pa.array(["x"] * len(table))),
+        lambda table: table.set_column(2, "token_ids", pa.array([[-5]] * len(table), pa.list_(pa.int32()))),
+        lambda table: table.set_column(2, "token_ids", pa.array([None] * len(table), pa.list_(pa.int32()))),
+        lambda table: table.set_column(2, "token_ids", pa.array(["x"] * len(table))),
+    ],
+)
+def test_a_bank_that_is_not_as_one_is_written(change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank, "_digest", lambda _: "of whoever wrote it")
+    with writing(tmp_path, IDENTITY, "train-0") as writer:
+        writer.write(rollouts(range(3)))
+    path = tmp_path / "train-0-000000.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(ConfigError, match="train-0-000000"):
+        RolloutBank(tmp_path).of("problem 0")
 
 
 # ---- Data sets ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from megatron_sgopd.checkpoint.files import Staging, new_file, write_atomically
+from megatron_sgopd.checkpoint.torch_dist import CheckpointReader
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import read_architecture
@@ -108,6 +109,32 @@ def test_a_card_that_names_files_elsewhere_is_refused(files: str, form: str, dat
         rows(data)
 
 
+def test_a_card_that_begins_late_is_read_all_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "README.md").write_text("\n---\nconfigs:\n- config_name: default\n  data_files: zip://x.csv::/o.zip\n---\n")
+    monkeypatch.chdir(data)
+    with pytest.raises(ConfigError, match=r"README\.md names 'zip:"):
+        rows(Path())
+
+
+def test_a_folder_within_a_hub_cache_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "datasets--a--b/snapshots/0123/main"
+    blobs = tmp_path / "datasets--a--b/blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    (folder / "train.jsonl").symlink_to("../../../blobs/abc")
+    assert rows(folder) == ["1+1"]
+
+
+def test_a_checkpoint_of_links_is_not_read(tmp_path: Path) -> None:
+    run_all([["convert", "to-megatron", STUDENT, tmp_path / "victim", "--verify", "off"]])
+    (tmp_path / "links/release").mkdir(parents=True)
+    for file in (tmp_path / "victim/release").iterdir():
+        (tmp_path / "links/release" / file.name).symlink_to(file)
+    with pytest.raises(ConfigError, match="leads out of its folder"):
+        CheckpointReader(tmp_path / "links/release")
+
+
 def test_a_card_that_names_its_own_files_is_taken(data: Path) -> None:
     (data / "parts").mkdir()
     (data / "train.jsonl").rename(data / "parts/first.jsonl")
@@ -204,14 +231,15 @@ def test_an_output_gets_its_name_with_nothing_to_be_done_before(
     def killed(*_: object) -> None:
         raise Killed
 
-    for moment in ("chmod", "rename", "unlink"):
+    for moment in ("rename", "chmod"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, moment, killed)
             with pytest.raises(Killed):
                 staging.publish()
-        if moment != "unlink":
+        if moment == "rename":
             staging.check(JOB, 0)  # goes on
     assert (tmp_path / "out").is_dir() and not staging.folder.exists()
+    assert (tmp_path / "out").stat().st_mode & 0o077 == 0, "nobody else's before it is known to be whole"
     again = Staging(tmp_path / "out")
     (tmp_path / "out").rmdir()
     again.check(JOB, 0)

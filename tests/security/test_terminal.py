@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_sgopd import cli
 from megatron_sgopd.cli import main
 from megatron_sgopd.common.console import Terminal, printable, styled
 from megatron_sgopd.monitor import metrics
@@ -91,6 +92,10 @@ def test_a_run_folder_of_somebody_else(
         ("attempts.jsonl", '{"event": "begin", "time": 1, "step": "x", "job": [], "host": {}}\n'),
         ("metrics.jsonl", '{"step": "x", "seconds": null}\n'),
         ("metrics.jsonl", '["step"]\n'),
+        ("metrics.jsonl", '{"step": 1, "seconds": 1e308}\n'),
+        ("metrics.jsonl", '{"step": 1e999, "seconds": 1}\n'),
+        ("evaluations.jsonl", '{"name": "after"}\n'),
+        ("evaluations.jsonl", '{"name": "after", "step": 1, "pass_rate": "x"}\n'),
         ("recipe.yaml", "[]"),
         ("recipe.yaml", "train: {steps: soon}"),
         ("recipe.yaml", "a: &a [*a]"),
@@ -105,6 +110,26 @@ def test_a_run_folder_that_is_not_as_a_run_writes_it(
     (run / name).write_text(text)
     said = refused("status", run)
     assert name.partition("/")[0] in said
+
+
+@pytest.mark.parametrize("numbers", ['"loss": [1]', '"stage_seconds": [1]', f'"loss": {"9" * 400}', '"loss": {"a": 1}'])
+def test_numbers_that_are_none_are_left_out(numbers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", 3)
+    (run / "metrics.jsonl").write_text(f'{{"step": 1, "seconds": 1.0, "pass_rate": 0.5, {numbers}}}\n')
+    (run / "logs/rank-0.error").mkdir(parents=True)
+    assert main(["status", str(run)]) == 0
+    assert main(["report", str(run)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(_: Any) -> None:
+        raise RuntimeError(ESCAPES)
+
+    monkeypatch.setattr(cli, "_train", fails)
+    assert main(["train", "recipe.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert unharmed(said) and "Traceback" in said
 
 
 def test_a_rank_shows_responses_and_answers_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

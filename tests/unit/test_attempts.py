@@ -83,3 +83,16 @@ def test_an_attempt_that_ended_before_it_could_begin_is_counted(
         assert answer == ("again" if number < 2 else "stop"), why
     assert waits == sorted(waits) and len(waits) == 2, "longer each time"
     assert requeue(tmp_path / "other", 2, time.time(), capsys)[0] == "stop", "its input is bad"
+
+
+def test_an_attempt_begins_beside_the_last_words_of_the_one_before(tmp_path: Path) -> None:
+    """As under srun, where each rank removes its own."""
+    (tmp_path / "logs").mkdir()
+    for rank in ("0", "1", "x"):
+        (tmp_path / f"logs/rank-{rank}.error").write_text("the error")
+    for number in (1, 2, 3):
+        begin_attempt(tmp_path, 0)
+        assert [attempt.number for attempt in read_attempts(tmp_path)] == list(range(1, number + 1))
+    assert (tmp_path / "logs/rank-0.error").read_text() == "the error"
+    assert not (tmp_path / "logs/rank-1.error").exists(), "there is no such rank any more"
+    assert not decide(read_attempts(tmp_path), 0, most=3)[0], "a crash loop ends"

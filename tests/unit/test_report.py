@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_sgopd.cli import main
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.report.contents import SERIES_POINTS, Contents
 from megatron_sgopd.report.page import write_page
 from megatron_sgopd.report.runs import Samples, read_run, state
@@ -242,6 +243,19 @@ def test_a_page_that_follows_a_run_is_the_one_made_at_its_end(tmp_path: Path) ->
             assert {**follow(), "made": ""} == {**contents([run]), "made": ""}
         else:
             follow()
+
+
+def test_a_line_that_is_mended_is_read_with_all_before_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 30)
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:5], "broken\n", *lines[5:]]))
+    follow = Contents([run])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="line 6 is not JSON"):
+            follow()
+    path.write_text("".join(lines))
+    assert follow()["runs"][0]["step"] == 30 and len(follow()["runs"][0]["series"]["step"]) == 30
 
 
 def test_a_long_run_makes_a_curve_of_as_many_points_with_narrower_intervals(tmp_path: Path) -> None:
