@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -68,8 +69,9 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
         )
     _check_lengths(settings, student, teacher, row_tokens)
     tokenizer = common_tokenizer(settings)
+    _check_rows(tokenizer, student, teacher)
     sources = [source for source in (settings.data.train, settings.data.heldout) if source is not None]
-    train, *others = load_prompts([_limited(s, settings, row_tokens) for s in sources], settings.model.path)
+    train, *others = load_prompts([limited(s, settings, row_tokens) for s in sources], settings.model.path)
     heldout: Sequence[Prompt] = others[0] if others else ()
     train = train.without(heldout)
     check_not_empty(train, settings.data.train.source)
@@ -153,11 +155,28 @@ def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet
     return identity
 
 
-def _limited(prompts: PromptSettings, settings: Settings, row_tokens: int) -> PromptSettings:
+def limited(prompts: PromptSettings, settings: Settings, row_tokens: int) -> PromptSettings:
     """A prompt may be as long as the row leaves room for, if no limit was set."""
     room = row_tokens - settings.rollout.max_new_tokens
     limit = room if prompts.max_prompt_tokens is None else min(prompts.max_prompt_tokens, room)
     return dataclasses.replace(prompts, max_prompt_tokens=limit)
+
+
+def _check_rows(tokenizer: Any, student: Architecture, teacher: Architecture) -> None:
+    """Every id that the tokenizer makes, and that the student can emit, has a row in what scores it."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    for name, architecture in (("model", student), ("teacher", teacher)):
+        if largest >= architecture.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has ids up to {largest}, and {name}.path={architecture.folder} only "
+                f"{architecture.vocab_size} rows (vocab_size): take the tokenizer that the model was trained with, or "
+                "a model whose embeddings were resized"
+            )
+    if teacher.vocab_size < student.vocab_size:
+        raise ConfigError(
+            f"the student has {student.vocab_size} rows of vocabulary and can emit any of their ids, the teacher only "
+            f"{teacher.vocab_size}: take a teacher with as many, or a student with fewer"
+        )
 
 
 def _check_lengths(settings: Settings, student: Architecture, teacher: Architecture, row_tokens: int) -> None:
@@ -229,6 +248,14 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
         )
     if recipe.platform == "cuda" or gpu_memory(recipe.platform) is not None:
         check_precision(train.precision)
+    if method_of(recipe).outcome.startswith("group") and rollout.group_size == 1:
+        raise ConfigError(
+            "rollout.group_size=1 leaves nothing to compare a response with, and "
+            f"sgopd.method={recipe.sgopd.method} takes outcomes relative to their group: raise it to 2 or more, or set "
+            "sgopd.outcome to pm1"
+        )
+    if recipe.megatron.get("wandb-project") and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("megatron.wandb-project is set, and wandb is not installed: install it, or leave that out")
     if train.min_learning_rate > train.learning_rate:
         raise ConfigError(
             f"train.min_learning_rate={train.min_learning_rate} is more than train.learning_rate="

@@ -41,6 +41,7 @@ from megatron_sgopd.processes import (
 from megatron_sgopd.report.command import add_command as add_report
 from megatron_sgopd.requeue import add_command as add_requeue
 from megatron_sgopd.rollout.command import add_command as add_teacher_rollouts
+from megatron_sgopd.rollout.data_command import add_command as add_check_data
 from megatron_sgopd.status import add_command as add_status
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, print the resolved recipe and the Megatron command line, and stop",
     )
     train.set_defaults(run=_train)
+    add_check_data(commands)
     add_teacher_rollouts(commands)
     add_eval(commands)
     add_compare(commands)

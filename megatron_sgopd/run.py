@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +162,12 @@ class Run:
             )
         if last:
             self.clock.heartbeat.stop()
+            run_dir = shlex.quote(self.settings.run_dir)
+            self.monitor.note(
+                f"look at it:   megatron-sgopd report {run_dir}\n"
+                f"take it out:  megatron-sgopd export {run_dir} OUT\n"
+                f"evaluate it:  megatron-sgopd eval {run_dir} --out OUT"
+            )
 
     def stop_if_asked(self, step: int) -> None:
         """A safe point: the stages before the optimizer step change nothing that is saved.

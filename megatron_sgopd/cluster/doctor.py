@@ -5,6 +5,7 @@ A check is a generator of findings that raises nothing on its way; `examine` run
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -71,7 +72,7 @@ def examine(recipe: Recipe | None, generate: bool) -> Iterator[Finding]:
     """
     checks: list[Check] = [python, packages, gpus, kernels, products, collectives, limits, text_encoding, rendezvous]
     if recipe is not None:
-        bound = [models, settings, storage, checkpoints, slurm, memory]
+        bound = [models, settings, data, storage, checkpoints, slurm, memory]
         checks += [functools.partial(check, recipe) for check in bound]
         if generate:
             checks.append(functools.partial(one_token, recipe))
@@ -320,6 +321,28 @@ def settings(recipe: Recipe) -> Iterator[Finding]:
     from megatron_sgopd.recipe import check_recipe
 
     yield from _refusals("recipe", "training would start", lambda: check_recipe(recipe))
+
+
+def data(recipe: Recipe) -> Iterator[Finding]:
+    """The references of the data are answers that the verifier accepts."""
+    from megatron_sgopd.checks import limited
+    from megatron_sgopd.rollout.data_check import examine_data
+    from megatron_sgopd.rollout.prompt_cache import load_prompts
+
+    for name, source in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
+        if source is None:
+            continue
+        try:
+            wanted = dataclasses.replace(limited(source, recipe, recipe.train.row_tokens), unusable_rows="skip")
+            [prompts] = load_prompts([wanted], recipe.model.path)
+        except ConfigError as error:
+            yield Finding("data", "red", str(error))
+            continue
+        report = examine_data(prompts, recipe.verify, has_tokens=True)
+        said = f"{name}: {report.usable:,} of {report.rows:,} rows usable, {report.duplicates:,} duplicates"
+        first = [*report.unusable, *report.contradicting, *report.refused][:1]
+        looks = f"; {first[0]}: `megatron-sgopd check-data` says more" if first else ""
+        yield Finding("data", "green" if report.sound else "yellow", said + looks)
 
 
 def storage(recipe: Recipe) -> Iterator[Finding]:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_sgopd.arguments import add_set
+
 
 def add_command(commands: Any) -> None:
     """Add the command to the command line."""
@@ -25,10 +27,11 @@ def add_command(commands: Any) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="problems, .jsonl or .parquet with prompt and answer, or the columns of AIME, AMC, MATH-500, GSM8K or "
-        "OlympiadBench; may be given several times (the recipe's data.heldout)",
+        help="problems: .jsonl, .parquet or a folder, with the columns of a public data set (docs/data.md); may be "
+        "given several times (the recipe's data.heldout)",
     )
     command.add_argument("--recipe", type=Path, metavar="RECIPE", help="whose settings count (a run folder's own)")
+    add_set(command)
     command.add_argument("--step", type=int, metavar="N", help="checkpoint of a run to take (the newest)")
     command.add_argument("--samples", type=int, default=8, metavar="N", help="responses to each problem (8)")
     command.add_argument("--k", metavar="K,K", help="of pass@k and maj@k (powers of two up to --samples)")

@@ -98,7 +98,9 @@ def _ks(text: str | None, samples: int) -> list[int]:
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     own = arguments.model / RESOLVED
     path = arguments.recipe or (own if own.is_file() else None)
-    return None if path is None else load_recipe(path)
+    if path is None and arguments.set:
+        raise ConfigError("--set changes a recipe, and there is none: give --recipe RECIPE")
+    return None if path is None else load_recipe(path, arguments.set)
 
 
 def _settings(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[RolloutSettings, VerifySettings]:

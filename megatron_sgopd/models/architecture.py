@@ -155,8 +155,18 @@ _IGNORED = frozenset(
         "transformers_version",
         "unk_token_id",
         "use_cache",
+        *("_commit_hash", "tokenizer_class", "task_specific_params", "finetuning_task", "model_name", "use_bfloat16"),
+        *("unsloth_fixed", "unsloth_version", "torchscript", "gradient_checkpointing", "is_decoder", "prefix"),
+        *("sep_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "pruned_heads"),
+        # Of generation, which transformers once kept here.
+        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "top_k", "top_p"),
+        *("diversity_penalty", "temperature", "typical_p", "repetition_penalty", "length_penalty", "bad_words_ids"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores"),
+        *("return_dict_in_generate", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens"),
+        *("tf_legacy_loss", "exponential_decay_length_penalty", "add_cross_attention", "tie_encoder_decoder"),
     }
 )
+"""Bookkeeping of transformers, trainers and unsloth, which changes no arithmetic of these models."""
 _ROPE_FIELDS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
@@ -284,6 +294,7 @@ def _check_fields(folder: Path, family: Family, config: Mapping[str, Any]) -> No
                 f"the only value that is computed exactly for {model_type}: add it if it is right"
             )
     fixed = {**_FIXED, **family.needed, **family.fixed}
+    known = _USED | _IGNORED | family.ignored | (_EXPERT_FIELDS if family.has_experts else frozenset())
     for name, value in config.items():
         if name in fixed:
             if value != fixed[name]:
@@ -291,7 +302,7 @@ def _check_fields(folder: Path, family: Family, config: Mapping[str, Any]) -> No
                     f"{folder}/config.json: {name} = {value!r} is not supported for {model_type}: "
                     f"only {fixed[name]!r} is computed exactly"
                 )
-        elif name not in _USED | _IGNORED | family.ignored | (_EXPERT_FIELDS if family.has_experts else frozenset()):
+        elif value is not None and name not in known:
             raise ConfigError(
                 f"{folder}/config.json: {name} = {value!r} is not a field that is understood for "
                 f"{model_type}, and may change what the model computes: remove it if it does not"
@@ -303,7 +314,7 @@ def _read_rope(folder: Path, config: Mapping[str, Any]) -> tuple[str, float]:
     `rope_theta` (before)."""
     path = folder / "config.json"
     current, former = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if current and former and current != former:
+    if current and former and _rope_fields(current, config) != _rope_fields(former, config):
         raise ConfigError(f"{path}: rope_parameters = {current!r} contradicts rope_scaling = {former!r}")
     parameters = former or current
     if not isinstance(parameters, dict):
@@ -324,6 +335,17 @@ def _read_rope(folder: Path, config: Mapping[str, Any]) -> tuple[str, float]:
         _positive_number(folder, f"{name} of rope_type {rope_type!r}", parameters.get(name))
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
     return rope_type, _positive_number(folder, "rope_theta", theta)
+
+
+def _rope_fields(parameters: Any, config: Mapping[str, Any]) -> Any:
+    """The fields of a rope under one name each, so that two spellings of the same one are equal."""
+    if not isinstance(parameters, dict):
+        return parameters
+    known = {"rope_type": parameters.get("rope_type", parameters.get("type", "default"))}
+    known |= {
+        name: value for name, value in parameters.items() if name not in ("type", "rope_type") and value is not None
+    }
+    return {"rope_theta": config.get("rope_theta"), "partial_rotary_factor": 1.0} | known
 
 
 def _positive_number(folder: Path, name: str, value: object) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,8 @@ from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.models.architecture import INDEX_FILE, SINGLE_FILE, Architecture
 from megatron_sgopd.models.weight_map import Piece, Slab, owned_parameters
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Of weights on disk, under safetensors' names."""
 
@@ -101,6 +103,8 @@ def _check_folder(architecture: Architecture) -> tuple[dict[str, str], dict[str,
     missing = expected - found.keys()
     # Transformers wrote these constants beside the weights once, and ignores them now.
     superfluous = {key for key in found.keys() - expected if not key.endswith(".rotary_emb.inv_freq")}
+    tied_head = architecture.tied_embeddings and _HEAD in superfluous
+    superfluous -= {_HEAD} if tied_head else set()
     if missing or superfluous:
         faults = [f"lack {some(missing)}"] * bool(missing)
         faults += [f"hold {some(superfluous)} beyond its config.json"] * bool(superfluous)
@@ -111,7 +115,22 @@ def _check_folder(architecture: Architecture) -> tuple[dict[str, str], dict[str,
             raise ConfigError(f"{piece.name} in {folder} has shape {shape}, and its config.json makes it {piece.shape}")
         if dtype not in DTYPES:
             raise ConfigError(f"{piece.name} in {folder} is {dtype}: only {', '.join(DTYPES)} can be loaded")
+    if tied_head and not _same_tensor(folder, found, _EMBEDDING, _HEAD):
+        raise ConfigError(
+            f"{folder} holds a {_HEAD} that is not its {_EMBEDDING}, and its config.json ties them "
+            "(tie_word_embeddings): set that to false if the model has an output layer of its own, else remove it"
+        )
     return found, {piece.name: DTYPES[headers[piece.name][1]] for piece in pieces}
+
+
+def _same_tensor(folder: Path, placed: Mapping[str, str], one: str, other: str) -> bool:
+    """Whether two tensors are equal to the last bit, some rows at a time."""
+    with _open(folder / placed[one]) as first, _open(folder / placed[other]) as second:
+        a, b = first.get_slice(one), second.get_slice(other)
+        if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
+            return False
+        rows = a.get_shape()[0]
+        return all(a[i : i + _ROWS].equal(b[i : i + _ROWS]) for i in range(0, rows, _ROWS))
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -162,7 +162,7 @@ class PromptSet(Sequence[Prompt]):
         """The set without prompts whose text, after the chat template, is one of the others'."""
         texts = {prompt.text for prompt in others}
         hashes = np.array([_hash(text) for text in texts], dtype=np.uint64)
-        alike = np.flatnonzero(np.isin(self._table["text_hash"].to_numpy()[self._rows], hashes))
+        alike = np.flatnonzero(np.isin(self.text_hashes(), hashes))
         out = [place for place in alike.tolist() if self[place].text in texts]
         rest = copy.copy(self)
         rest._rows = np.delete(self._rows, out)
@@ -191,6 +191,14 @@ class PromptSet(Sequence[Prompt]):
         for start in range(0, len(self), _BATCH_PROMPTS):
             rows = self._rows[start : start + _BATCH_PROMPTS]
             yield from map(_prompt, self._table.take(rows).to_pylist())
+
+    def lengths(self) -> np.ndarray:
+        """int32 [N]: tokens of each prompt."""
+        return pa.compute.list_value_length(self._table["token_ids"]).to_numpy()[self._rows]
+
+    def text_hashes(self) -> np.ndarray:
+        """uint64 [N]: the same for prompts of the same text."""
+        return self._table["text_hash"].to_numpy()[self._rows]
 
     @cached_property
     def digest(self) -> str:
@@ -238,6 +246,8 @@ def read_prompts(
             f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
             "prompts as they are, or take an instruction-tuned model's tokenizer"
         )
+    if tokenizer is not None and settings.chat_template:
+        _check_generation_prompt(tokenizer)
     for batch in batched_by_size(_usable(settings, tokenizer, problem, progress), lambda one: len(one.text)):
         token_ids = _tokenized([prompt.text for prompt in batch], settings, tokenizer)
         for prompt, ids in zip(batch, token_ids, strict=True):
@@ -248,6 +258,23 @@ def read_prompts(
                 )
                 continue
             yield Prompt(prompt.id, prompt.text, tuple(ids), prompt.answer, prompt.task, prompt.metadata)
+
+
+def _check_generation_prompt(tokenizer: Any) -> None:
+    """The chat template begins the answer: else a model would go on with the question, or answer as the user."""
+    messages = [{"role": "user", "content": "1"}]
+    try:
+        with_it, without = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=wanted, tokenize=False)
+            for wanted in (True, False)
+        )
+    except Exception:  # what is wrong with it is said of the first prompt, by its line
+        return
+    if with_it == without:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path} has no generation prompt: it would not begin the model's "
+            "answer; take an instruction-tuned model's tokenizer, or set chat_template: false"
+        )
 
 
 @dataclass(frozen=True)

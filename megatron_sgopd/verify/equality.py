@@ -361,6 +361,24 @@ def _same_in_any_order(members: Sequence[str], others: Sequence[str], depth: int
     return True
 
 
+# ---- Kinds ----------------------------------------------------------------------------------------------
+
+
+def kind_of(answer: str) -> str:
+    """What an answer is, for who looks through a data set."""
+    text = _unlabelled(plain(answer))[1]
+    value = number(_without_unit(text)[0])
+    if value is not None:
+        return "integer" if value.value.denominator == 1 else "fraction" if value.places is None else "decimal"
+    if choice(text) is not None:
+        return "choice"
+    if words(text) is not None:
+        return "word"
+    if (found := _members(text)) is not None:
+        return {"list": "list", "{}": "set", "union": "interval"}.get(found[0], "tuple or interval")
+    return "expression" if re.search(r"[\\^_=+*/()|]|\d", text) else "text"
+
+
 # ---- Votes ----------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,14 @@ def bank(folder: Path, **other: object) -> Path:
         return folder
 
 
+def with_rows(folder: Path, model: Path, rows: int) -> Path:
+    """A folder whose config.json promises so many rows of vocabulary."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    return folder
+
+
 def with_experts(folder: Path) -> Path:
     """A folder without weights."""
     shutil.copytree(STUDENT, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -81,6 +89,14 @@ BAD = {
     "teacher with another tokenizer": (
         lambda tmp: [f"teacher.path={other_tokenizer(tmp / 'other')}"],
         "student and teacher have different tokenizers",
+    ),
+    "a tokenizer with more ids than the model has rows": (
+        lambda tmp: [f"model.path={with_rows(tmp / 'few', STUDENT, 18)}"],
+        "the tokenizer has ids up to 21, and model.path=",
+    ),
+    "a teacher that cannot score all that the student may emit": (
+        lambda tmp: [f"teacher.path={with_rows(tmp / 'fewer', TEACHER, 22)}"],
+        "the student has 24 rows of vocabulary and can emit any of their ids, the teacher only 22",
     ),
     "prompt longer than the context": (
         lambda tmp: [
@@ -105,6 +121,14 @@ BAD = {
         "answer",
     ),
     "batch size not divisible": (lambda tmp: ["train.rows_per_microbatch=7"], "not divisible"),
+    "groups of one for outcomes relative to a group": (
+        lambda tmp: ["rollout.group_size=1", "rollout.prompts_per_step=16"],
+        "rollout.group_size=1 leaves nothing to compare a response with",
+    ),
+    "wandb that is not there": (
+        lambda tmp: ["megatron.wandb-project=x"],
+        "megatron.wandb-project is set, and wandb is not installed",
+    ),
     "a learning rate that ends above its peak": (
         lambda tmp: ["train.learning_rate=1e-5", "train.min_learning_rate=1e-4"],
         "train.min_learning_rate=0.0001 is more than train.learning_rate=1e-05: lower it",

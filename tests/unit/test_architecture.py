@@ -154,6 +154,22 @@ def test_old_and_new_spelling_of_rope_mean_the_same(write: Write) -> None:
     assert read_architecture(write(config)) == old
 
 
+def test_two_spellings_of_one_rope_do_not_contradict_each_other(write: Write) -> None:
+    former = {"type": "linear", "factor": 4.0}
+    current = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500000.0, "partial_rotary_factor": 1.0}
+    both = read_architecture(write(LLAMA31 | {"rope_scaling": former, "rope_parameters": current}))
+    assert (both.rope_type, both.rope_theta) == ("linear", 500000.0)
+    with pytest.raises(ConfigError, match="contradicts rope_scaling"):
+        read_architecture(write(LLAMA31 | {"rope_scaling": former, "rope_parameters": current | {"factor": 8.0}}))
+
+
+def test_bookkeeping_and_fields_without_value_change_nothing(write: Write) -> None:
+    plain = read_architecture(write(QWEN3))
+    kept = {"_commit_hash": "1a2b", "tokenizer_class": "Qwen2Tokenizer", "unsloth_fixed": True, "unsloth_version": "1"}
+    kept |= {"temperature": 0.6, "max_length": 20, "model_name": "x", "rope_interleave": None}
+    assert read_architecture(write(QWEN3 | kept)) == plain
+
+
 def test_what_transformers_writes_agrees_with_what_it_reads(tiny_models: dict[str, Path]) -> None:
     from transformers import AutoConfig
 

@@ -462,6 +462,14 @@ def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
     assert "has no chat template: set chat_template: false" in refusal(settings, byte_tokenizer(chat_template=None))
 
 
+def test_a_template_that_does_not_begin_the_answer_is_refused(tmp_path: Path) -> None:
+    template = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    settings = write_lines(tmp_path / "p.jsonl", *ROWS)
+    assert "has no generation prompt" in refusal(settings, byte_tokenizer(chat_template=template))
+    with_it = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert load(settings, (), byte_tokenizer(chat_template=with_it))[0].text.endswith("[assistant]")
+
+
 def test_training_prompts_that_are_all_held_out_are_refused(tmp_path: Path) -> None:
     settings = write_lines(tmp_path / "p.jsonl", *ROWS)
     assert "all 7 prompts are among the held-out ones" in refusal(settings, exclude=load(settings))

@@ -1,6 +1,7 @@
 """Shapes, shards and digests as pure functions of table and layout; real models: tests/distributed."""
 
 import dataclasses
+import shutil
 import unittest.mock
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.models.digests import Rows, digest_of, grouped_digest, tensor_digest
 from megatron_sgopd.models.families import FAMILIES
 from megatron_sgopd.models.families.base import Layout
+from megatron_sgopd.models.huggingface import HuggingFaceWeights
 from megatron_sgopd.models.weight_map import (
     Chunk,
     Owner,
@@ -198,6 +202,22 @@ def test_the_table_names_and_shapes_what_transformers_saves(tiny_models: dict[st
         table = {piece.name: piece.shape for parameter in owned_parameters(architecture) for piece in parameter.pieces}
         assert table == stored
         assert parameter_count(architecture) == sum(torch.Size(shape).numel() for shape in stored.values())
+
+
+def test_a_tied_models_output_layer_may_be_stored_as_well_if_it_is_the_embedding(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama_tied"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with HuggingFaceWeights(read_architecture(folder)):
+        pass
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head.weight that is not its model.embed_tokens.weight"):
+        HuggingFaceWeights(read_architecture(folder))
 
 
 def test_one_models_table_does_not_depend_on_another(tiny_models: dict[str, Path]) -> None:
