@@ -59,9 +59,12 @@ def _wanted(arguments: argparse.Namespace) -> tuple[str, dict[str, PromptSetting
     """Whose tokenizer, the data sets by name, and the verifier."""
     from megatron_sgopd.checks import limited
     from megatron_sgopd.config import PromptSettings, VerifySettings
+    from megatron_sgopd.errors import ConfigError
     from megatron_sgopd.recipe import load_recipe
 
     if not arguments.source.endswith((".yaml", ".yml")):
+        if arguments.set:
+            raise ConfigError(f"--set changes a recipe, and {arguments.source} is none: give a recipe (.yaml)")
         settings = PromptSettings(source=arguments.source, chat_template=bool(arguments.model))
         verify = VerifySettings(verifier=arguments.verifier or "math")
         return arguments.model, {Path(arguments.source).name: settings}, verify

@@ -83,6 +83,16 @@ def test_a_recipes_own_data_and_what_a_person_sees(capsys: pytest.CaptureFixture
     assert "tokens of a prompt: min" in said and "answers: 50 integer" in said and "data.heldout" in said
 
 
-def test_a_name_that_is_no_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-data", "nowhere.jsonl"]) == 2
-    assert "nowhere.jsonl does not exist" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["nowhere.jsonl", "--set", "x=1"], "--set changes a recipe, and nowhere.jsonl is none"),
+        (["nowhere.jsonl", "--verifier", "maths"], "maths"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check-data", *words]) == 2
+    assert message in capsys.readouterr().err
