@@ -92,7 +92,9 @@ def _cached(folder: Path, reader: _Reader, settings: PromptSettings, tokenizer: 
             try:
                 reader.read(settings, temporary)
                 if _key(settings, tokenizer) != key:
-                    raise ConfigError(f"{settings.source} or {tokenizer} has changed while it was read: start again")
+                    raise ConfigError(
+                        f"{settings.source}, {tokenizer} or this package has changed while prompts were read: start again"
+                    )
                 temporary.rename(path)
             finally:
                 temporary.unlink(missing_ok=True)
