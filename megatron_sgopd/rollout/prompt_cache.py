@@ -93,7 +93,7 @@ def _cached(folder: Path, reader: _Reader, settings: PromptSettings, tokenizer: 
                 reader.read(settings, temporary)
                 if _key(settings, tokenizer) != key:
                     raise ConfigError(
-                        f"{settings.source}, {tokenizer} or this package has changed while prompts were read: start again"
+                        f"{settings.source}, {tokenizer} or this package changed while it was read: start again"
                     )
                 temporary.rename(path)
             finally:
