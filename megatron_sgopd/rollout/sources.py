@@ -208,7 +208,8 @@ def _parquet_rows(files: Sequence[str], path: Path, settings: PromptSettings) ->
             opened = ParquetFile(file)
         if not opened.metadata.num_rows:
             continue
-        batches = opened.iter_batches(_ROWS, columns=_columns(opened.schema_arrow.names, path, settings))
+        columns = _columns(opened.schema_arrow.names, path, settings)
+        batches = opened.iter_batches(_ROWS, columns=columns, use_threads=False)  # see bank.py
         while True:
             with _datasets_errors(path):
                 batch = next(batches, None)
