@@ -70,8 +70,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     _check_lengths(settings, student, teacher, row_tokens)
     tokenizer = common_tokenizer(settings)
     _check_rows(tokenizer, student, teacher)
-    sources = [source for source in (settings.data.train, settings.data.heldout) if source is not None]
-    train, *others = load_prompts([limited(s, settings, row_tokens) for s in sources], settings.model.path)
+    train, *others = load_prompts([*data_sources(settings, row_tokens).values()], settings.model.path)
     heldout: Sequence[Prompt] = others[0] if others else ()
     train = train.without(heldout)
     check_not_empty(train, settings.data.train.source)
@@ -155,11 +154,16 @@ def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet
     return identity
 
 
-def limited(prompts: PromptSettings, settings: Settings, row_tokens: int) -> PromptSettings:
-    """A prompt may be as long as the row leaves room for, if no limit was set."""
+def data_sources(settings: Settings, row_tokens: int) -> dict[str, PromptSettings]:
+    """What a run reads, under the names of its settings: a prompt may be as long as a row of `row_tokens` leaves room
+    for, if no lower limit was set."""
     room = row_tokens - settings.rollout.max_new_tokens
-    limit = room if prompts.max_prompt_tokens is None else min(prompts.max_prompt_tokens, room)
-    return dataclasses.replace(prompts, max_prompt_tokens=limit)
+    named = {"data.train": settings.data.train, "data.heldout": settings.data.heldout}
+    return {
+        name: dataclasses.replace(source, max_prompt_tokens=min(room, source.max_prompt_tokens or room))
+        for name, source in named.items()
+        if source is not None
+    }
 
 
 def _check_rows(tokenizer: Any, student: Architecture, teacher: Architecture) -> None:

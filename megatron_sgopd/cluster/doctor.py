@@ -325,16 +325,13 @@ def settings(recipe: Recipe) -> Iterator[Finding]:
 
 def data(recipe: Recipe) -> Iterator[Finding]:
     """The references of the data are answers that the verifier accepts."""
-    from megatron_sgopd.checks import limited
+    from megatron_sgopd.checks import data_sources
     from megatron_sgopd.rollout.data_check import examine_data
     from megatron_sgopd.rollout.prompt_cache import load_prompts
 
-    for name, source in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
-        if source is None:
-            continue
+    for name, source in data_sources(recipe, recipe.train.row_tokens).items():
         try:
-            wanted = dataclasses.replace(limited(source, recipe, recipe.train.row_tokens), unusable_rows="skip")
-            [prompts] = load_prompts([wanted], recipe.model.path)
+            [prompts] = load_prompts([dataclasses.replace(source, unusable_rows="skip")], recipe.model.path)
         except ConfigError as error:
             yield Finding("data", "red", str(error))
             continue

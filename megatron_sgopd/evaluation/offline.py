@@ -34,7 +34,7 @@ from megatron_sgopd.rollout.bank import RolloutBank
 from megatron_sgopd.rollout.engine import replicas
 from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill
 from megatron_sgopd.rollout.prompt_cache import load_prompts
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, prompt_texts
+from megatron_sgopd.rollout.prompts import Prompt, PromptSet
 from megatron_sgopd.rollout.tokenizer import load_tokenizer
 from megatron_sgopd.verify.base import resolve_verifier
 
@@ -175,13 +175,19 @@ def _contamination(sets: Sequence[ProblemSet], files: Sequence[str]) -> dict[str
 
     def training() -> Iterator[str]:
         for file in files:
-            yield from prompt_texts(PromptSettings(source=str(file)))
+            yield from _texts(PromptSettings(source=str(file)))
 
     found = {}
     for problems in sets:
-        shared = overlapping(list(prompt_texts(problems.source)), training())
+        shared = overlapping(list(_texts(problems.source)), training())
         found[problems.name] = {"problems": shared, "share": len(shared) / len(problems.prompts)}
     return found
+
+
+def _texts(source: PromptSettings) -> Iterator[str]:
+    """The prompts of a source as they are written, without those that cannot be used."""
+    [prompts] = load_prompts([replace(source, unusable_rows="skip")], tokenizer="")
+    return (prompt.text for prompt in prompts)
 
 
 def responses(bank: RolloutBank, prompts: Sequence[Prompt]) -> Responses:

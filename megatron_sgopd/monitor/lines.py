@@ -137,13 +137,14 @@ class Growing:
     def new_lines(self) -> tuple[bool, Iterator[tuple[int, bytes]]]:
         """Whether lines that were given before are no longer what the file has, and its new lines with their places."""
         if not self.path.is_file():
-            again, self._end, self._last = self._end > 0, 0, b""
+            again = self._end > 0
+            self.forget()
             return again, iter(())
         with self.path.open("rb") as file:
             file.seek(self._end - len(self._last))
             again = file.read(len(self._last)) != self._last
         if again:
-            self._end, self._last = 0, b""
+            self.forget()
         return again, self._read()
 
     def _read(self) -> Iterator[tuple[int, bytes]]:

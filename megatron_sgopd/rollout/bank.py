@@ -196,7 +196,7 @@ class RolloutBank:
         values = None if tokens.values is None or tokens.values.null_count else tokens.values.to_numpy()
         if values is None or (len(values) and values.min() < 0):
             raise ConfigError(
-                f"{self.folder / place[0]}.parquet, row group {place[1]} has no token ids: remove the part"
+                f"{self.folder / place[0]}.parquet, row group {place[1]} has no token ids: {_mend(place[0])}"
             )
         return array("i", values.tobytes())
 
@@ -211,34 +211,36 @@ class RolloutBank:
                     if _digest(file.read(span.bytes)) != span.digest:
                         raise ConfigError(
                             f"{path}, {what}: the bytes are not those that were written: the disk or a copy damaged "
-                            f"them; remove {name}.parquet and {name}.json, and their problems are made again"
+                            f"them; {_mend(name)}"
                         )
                 # Texts that are the same take their space once, however often they stand there.
                 opened = pq.ParquetFile(file, read_dictionary=_TEXTS)
                 tokens = opened.schema_arrow.names == _SCHEMA.names and opened.schema_arrow.field("token_ids").type
                 if not tokens or not pa.types.is_list(tokens) or tokens.value_type != pa.int32():
-                    raise ConfigError(f"{path} has other columns than a bank: remove both its files")
+                    raise ConfigError(f"{path} has other columns than a bank: {_mend(name)}")
                 if opened.metadata.row_group(index).total_byte_size > _LARGEST_GROUP:
                     raise ConfigError(
-                        f"{path}, row group {index} has more than {_LARGEST_GROUP >> 20} MiB: remove both"
+                        f"{path}, row group {index} has more than {_LARGEST_GROUP >> 20} MiB: {_mend(name)}"
                     )
                 # Arrow's threads end a process that ends, now and then, by SIGABRT (seen twice in ninety).
                 table = opened.read_row_group(index, use_threads=False)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
         except (pa.ArrowException, KeyError) as error:  # the latter of a column that is not there
-            raise ConfigError(
-                f"{path} cannot be read ({' '.join(str(error).split())}): remove both its files"
-            ) from None
+            raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): {_mend(name)}") from None
         problems = table["problem"].to_pylist()
         runs = [(problem, len(list(same))) for problem, same in itertools.groupby(problems)]
         starts = itertools.accumulate((count for _, count in runs), initial=0)
         spans = {problem: (start, count) for (problem, count), start in zip(runs, starts, strict=False)}
         if tuple(spans) != described.problems:
             raise ConfigError(
-                f"{path.with_suffix('.json')} names other problems than row group {index} has: remove both"
+                f"{path.with_suffix('.json')} names other problems than row group {index} has: {_mend(name)}"
             )
         return table, spans
+
+
+def _mend(part: str) -> str:
+    return f"remove {part}.parquet and {part}.json, and their problems are made again"
 
 
 class BankWriter:

@@ -30,8 +30,15 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("source", metavar="RECIPE|DATA", help="recipe (.yaml), or what data.train.source takes")
     add_set(command)
-    command.add_argument("--model", default="", metavar="FOLDER", help="whose tokenizer counts the tokens of DATA")
-    command.add_argument("--verifier", metavar="NAME", help="math, task, exact or import.path:function (math)")
+    command.add_argument(
+        "--model",
+        default="",
+        metavar="FOLDER",
+        help="whose tokenizer counts tokens (the recipe's model.path; of DATA none)",
+    )
+    command.add_argument(
+        "--verifier", metavar="NAME", help="math, task, exact or import.path:function (the recipe's, else math)"
+    )
     command.add_argument("--json", action="store_true", help="one JSON object for each data set, one a line")
     command.set_defaults(run=_check_data)
 
@@ -57,7 +64,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
 
 def _wanted(arguments: argparse.Namespace) -> tuple[str, dict[str, PromptSettings], VerifySettings]:
     """Whose tokenizer, the data sets by name, and the verifier."""
-    from megatron_sgopd.checks import limited
+    from megatron_sgopd.checks import data_sources
     from megatron_sgopd.config import PromptSettings, VerifySettings
     from megatron_sgopd.errors import ConfigError
     from megatron_sgopd.recipe import load_recipe
@@ -69,12 +76,8 @@ def _wanted(arguments: argparse.Namespace) -> tuple[str, dict[str, PromptSetting
         verify = VerifySettings(verifier=arguments.verifier or "math")
         return arguments.model, {Path(arguments.source).name: settings}, verify
     recipe = load_recipe(arguments.source, arguments.set)
-    named = {"data.train": recipe.data.train, "data.heldout": recipe.data.heldout}
-    sources = {
-        name: limited(source, recipe, recipe.train.row_tokens) for name, source in named.items() if source is not None
-    }
     verify = dataclasses.replace(recipe.verify, verifier=arguments.verifier or recipe.verify.verifier)
-    return arguments.model or recipe.model.path, sources, verify
+    return arguments.model or recipe.model.path, data_sources(recipe, recipe.train.row_tokens), verify
 
 
 def _show(name: str, settings: PromptSettings, report: DataReport) -> None:
@@ -88,7 +91,7 @@ def _show(name: str, settings: PromptSettings, report: DataReport) -> None:
         console.print("  tokens of a prompt: " + ", ".join(f"{k} {v:,}" for k, v in report.tokens.items()) + limit)
     console.print("  answers: " + ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items()))
     if report.duplicates:
-        console.print(f"  {report.duplicates:,} prompts have occurred before")
+        console.print(f"  prompts that have occurred before: {report.duplicates:,}")
     for text in report.contradicting:
         console.print(styled(f"  one prompt, different answers: {text}", "red"))
     if report.contradictions > len(report.contradicting):

@@ -31,7 +31,7 @@ from megatron_sgopd.common.ownership import check_ours
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.processes import SAFE_PATH, die_with_parent, is_first_rank
-from megatron_sgopd.rollout.prompts import PromptSet, check_not_empty
+from megatron_sgopd.rollout.prompts import PromptSet, check_not_empty, check_usable
 from megatron_sgopd.rollout.sources import REASONING_GYM
 
 CACHE = "SGOPD_CACHE"
@@ -55,7 +55,7 @@ def load_prompts(sources: Sequence[PromptSettings], tokenizer: str) -> list[Prom
     """The prompts of each source, tokenized.
 
     Args:
-        tokenizer: model folder.
+        tokenizer: model folder; empty to leave prompts as they are written, without tokens.
 
     Raises:
         ConfigError: naming the file and line, or the setting, that is wrong.
@@ -69,6 +69,13 @@ def load_prompts(sources: Sequence[PromptSettings], tokenizer: str) -> list[Prom
 
 
 def _load(reader: _Reader, settings: PromptSettings, tokenizer: str) -> PromptSet:
+    # Read alike by whoever refuses what cannot be used and whoever leaves it out, so that once is enough for both.
+    prompts = _read(reader, dataclasses.replace(settings, unusable_rows="skip"), tokenizer)
+    check_usable(prompts, settings)
+    return prompts
+
+
+def _read(reader: _Reader, settings: PromptSettings, tokenizer: str) -> PromptSet:
     if (folder := _cache_folder()) is not None:
         with contextlib.suppress(OSError):  # full, or without locks: as if there were none
             return _cached(folder, reader, settings, tokenizer)
@@ -81,13 +88,12 @@ def _load(reader: _Reader, settings: PromptSettings, tokenizer: str) -> PromptSe
 def _cached(folder: Path, reader: _Reader, settings: PromptSettings, tokenizer: str) -> PromptSet:
     key = _key(settings, tokenizer)
     path = folder / f"{key}.arrow"
-    if path.is_file():
-        with contextlib.suppress(pa.ArrowInvalid):  # damaged: it is made anew
-            return _used(path)
+    if (prompts := _used(path)) is not None:
+        return prompts
     with path.with_suffix(".lock").open("a") as lock:
         while not locked(lock):  # another process makes it
             time.sleep(0.2)
-        if not _is_whole(path):
+        if (prompts := _used(path)) is None:
             temporary = path.with_suffix(".tmp")
             try:
                 reader.read(settings, temporary)
@@ -99,20 +105,18 @@ def _cached(folder: Path, reader: _Reader, settings: PromptSettings, tokenizer: 
             finally:
                 temporary.unlink(missing_ok=True)
             _remove_unused(folder)
-        return _used(path)
+            prompts = PromptSet(path)
+        return prompts
 
 
-def _used(path: Path) -> PromptSet:
-    prompts = PromptSet(path)
+def _used(path: Path) -> PromptSet | None:
+    """The prompts of a file, which is noted as used; None where there is none, or a damaged one."""
+    try:
+        prompts = PromptSet(path)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
     os.utime(path)
     return prompts
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return path.is_file() and len(PromptSet(path)) >= 0
-    except pa.ArrowInvalid:
-        return False
 
 
 def _cache_folder() -> Path | None:

@@ -47,7 +47,6 @@ def main() -> None:
                 prompts = read_prompts(settings, tokenizer, left_out, _each_second(reply))
                 write_prompts(prompts, file, left_out)
                 os.fsync(file.fileno())
-            left_out.check(settings)
         except ConfigError as error:
             reply(error=str(error))
         except MemoryError:

@@ -79,16 +79,6 @@ class LeftOut:
         if self.count <= _KEPT_PROBLEMS:
             self.first.append(problem)
 
-    def check(self, settings: PromptSettings) -> None:
-        """Refuse a source of which a row was left out, unless the settings allow it.
-
-        Raises:
-            ConfigError: naming how many, and the first three.
-        """
-        if self.count and settings.unusable_rows == "refuse":
-            more = f"; {self.count} rows in all cannot be used: unusable_rows: skip leaves them out"
-            raise ConfigError("; ".join(self.first[:3]) + more * (self.count > 1))
-
 
 def write_prompts(prompts: Iterable[Prompt], sink: Any, left_out: LeftOut | None = None) -> None:
     """Write prompts as an Arrow file, which `PromptSet` maps into memory; a part of them is held at a time.
@@ -213,6 +203,17 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     return Prompt(**row | {"token_ids": tuple(row["token_ids"]), "metadata": json.loads(row["metadata"])})
 
 
+def check_usable(prompts: PromptSet, settings: PromptSettings) -> None:
+    """Refuse a source of which a row was left out, unless the settings allow it.
+
+    Raises:
+        ConfigError: naming how many, and the first three.
+    """
+    if prompts.unusable and settings.unusable_rows == "refuse":
+        more = f"; {prompts.unusable} rows in all cannot be used: unusable_rows: skip leaves them out"
+        raise ConfigError("; ".join(prompts.problems[:3]) + more * (prompts.unusable > 1))
+
+
 def check_not_empty(prompts: PromptSet, source: str) -> None:
     """Check that there are prompts.
 
@@ -307,15 +308,6 @@ def _tokenized(texts: list[str], settings: PromptSettings, tokenizer: Any) -> li
         return [[] for _ in texts]
     plain = not settings.chat_template
     return tokenizer(texts, add_special_tokens=plain, return_attention_mask=False, verbose=False).input_ids
-
-
-def prompt_texts(settings: PromptSettings) -> Iterator[str]:
-    """The prompts of a source as they are written, without a chat template and without those that cannot be used.
-
-    Raises:
-        ConfigError: as `read_prompts`.
-    """
-    return (prompt.text for prompt in read_prompts(settings, None, lambda _: None))
 
 
 def _text(row: Row, settings: PromptSettings, tokenizer: Any) -> str:

@@ -94,6 +94,8 @@ _CHOICE = re.compile(
     r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])(?=\s*[.):]|$))\s*[.):]?\s*(.*)",
     re.I | re.S,
 )
+_MARKED = re.compile(r"[(\[]?[A-Ja-j][)\].:]")
+"""Begins a choice that says its text too: without a mark it may be a text that begins with a letter."""
 _ANOTHER = re.compile(r"\([A-J]\)|\b[B-HJ]\b")
 
 
@@ -108,7 +110,7 @@ def choice(text: str) -> tuple[str, str] | None:
 def _same_choice(ours: str, theirs: str) -> bool | None:
     """Only where the reference is a choice: a letter, or a letter with its text."""
     mine = choice(ours)
-    if mine is None or (mine[1] and not re.match(r"[(\[]?[A-Ja-j][)\].:]", ours)):
+    if mine is None or (mine[1] and not _MARKED.match(ours)):
         return None
     said = choice(theirs)
     if said is None:
@@ -156,7 +158,7 @@ _UNIT = re.compile(
     rf"(?:\s*[/ ]\s*(?:per\s+)?{_UNIT_WORD}{_POWER}){{0,3}})",
     re.DOTALL,
 )
-_NOT_UNITS = re.compile(r"\b(?:or|and|mod|sin|cos|tan|log|ln|exp|to|if|for|when|where|with|the|is|are|if|x|y|z)\b|\\")
+_NOT_UNITS = re.compile(r"\b(?:or|and|mod|sin|cos|tan|log|ln|exp|to|if|for|when|where|with|the|is|are|x|y|z)\b|\\")
 _UNIT_NAMES = {
     **dict.fromkeys(("degree", "deg", "°"), "°"),
     **dict.fromkeys(("centimeter", "centimetre", "cm"), "cm"),
@@ -245,15 +247,8 @@ def _members(text: str) -> Members | None:
         rows = [
             [cell.strip() for cell in row.split("&")] for row in re.split(r"\\cr(?![a-z])", match[2]) if row.strip()
         ]
-        flat = [cell for row in rows for cell in row]
-        return (
-            ("()", flat)
-            if len(rows) == 1 or all(len(row) == 1 for row in rows)
-            else (
-                f"matrix {len(rows)}",
-                flat,
-            )
-        )
+        is_vector = len(rows) == 1 or all(len(row) == 1 for row in rows)
+        return "()" if is_vector else f"matrix {len(rows)}", [cell for row in rows for cell in row]
     if (built := _SET_BUILDER.fullmatch(text)) is not None:
         return _members(built[2].strip())
     if (interval := _as_interval(text)) is not None:
@@ -302,16 +297,10 @@ def _as_interval(text: str) -> Members | None:
             return None
         if sign == "\\ne":
             return "union", [f"(-\\infty,{bound})", f"({bound},\\infty)"]
-        below = sign in ("<", "\\le")
         closed = sign.startswith("\\")
-        return (
-            ("(" + ("]" if closed else ")"), ["-\\infty", bound])
-            if below
-            else (
-                ("[" if closed else "(") + ")",
-                [bound, "\\infty"],
-            )
-        )
+        if sign in ("<", "\\le"):
+            return "(]" if closed else "()", ["-\\infty", bound]
+        return "[)" if closed else "()", [bound, "\\infty"]
     low, name, high = sides
     if signs[0] in (">", "\\ge") and signs[1] in (">", "\\ge"):
         low, high, signs = high, low, [_turned(signs[1]), _turned(signs[0])]
@@ -389,7 +378,7 @@ def vote(answer: str) -> str:
 
 def _vote(text: str, depth: int) -> str:
     _, text = _unlabelled(text)
-    if (letter := choice(text)) is not None and (not letter[1] or re.match(r"[(\[]?[A-Ja-j][)\].:]", text)):
+    if (letter := choice(text)) is not None and (not letter[1] or _MARKED.match(text)):
         return letter[0]
     if (said := words(text)) is not None:
         return said

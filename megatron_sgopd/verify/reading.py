@@ -69,10 +69,8 @@ _JOINED = re.compile(
 
 
 def _boxes(text: str) -> tuple[str | None, str]:
-    """What the last boxes hold, as one list where several stand together; and the text without those that hold none.
-
-    Raises nothing; an unclosed box ends the text.
-    """
+    """What the last boxes hold, as one list where several stand together; where none holds an answer, the text without
+    them. An unclosed box ends the text."""
     closing = _closing_braces(text)
     found: list[tuple[int, int, str]] = []
     rest, position = [], 0
@@ -87,14 +85,11 @@ def _boxes(text: str) -> tuple[str | None, str]:
         inside = text[match.end() : end] if match[1] == "{" else match[1]
         if (nested := _BOX.match(inside.strip())) and nested[1] == "{":
             continue  # its own box will be met
-        before = text[position if not found else found[-1][1] : match.start()][-200:]
+        before = text[found[-1][1] if found else position : match.start()][-200:]
         if _holds_answer(inside) and not _is_reminder(before):
             found.append((match.start(), end + 1, inside.strip()))
         else:
             rest.append(text[position : match.start()])
-            position = end + 1
-            continue
-        rest.append(text[position : end + 1])
         position = end + 1
     if not found:
         return None, "".join(rest) + text[position:]
@@ -291,27 +286,8 @@ def _joined_formulas(text: str, formulas: list[re.Match[str]]) -> str:
 
 _OPERATORS = re.compile(r"[-+*/=<>^·×÷≤≥≠≈±−–]+|\\(?:times|cdot|div|pm|le|ge|leq|geq|neq|approx|to|in|cup|cap)")
 _MATHEMATICAL = re.compile(r"[-+−–]?[\d.,]*\d.*|.*[\\^_=√π∞²³½¼¾%°].*|[-+*/=<>(){}\[\],|!±×÷·≤≥≠≈]+|.*\d.*")
-_NO_UNITS = frozenset(
-    [
-        "more",
-        "less",
-        "fewer",
-        "times",
-        "other",
-        "others",
-        "than",
-        "of",
-        "out",
-        "per",
-        "larger",
-        "smaller",
-        "greater",
-        "too",
-        "each",
-        "away",
-        "left",
-        "ago",
-    ]
+_NO_UNIT = re.compile(
+    r"more|less|fewer|times|others?|than|of|out|per|larger|smaller|greater|too|each|away|left|ago", re.IGNORECASE
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+[,;:]?")
 
@@ -325,7 +301,7 @@ def _trailing_mathematics(text: str) -> str | None:
     units = 0
     while units < 2 and units < end - 1 and _WORD.fullmatch(tokens[end - 1 - units]):
         units += 1
-    if any(token.lower() in _NO_UNITS for token in tokens[end - units : end]):
+    if any(_NO_UNIT.fullmatch(token) for token in tokens[end - units : end]):
         return None
     if units and not (re.search(r"\d[%)\]}]*$", tokens[end - 1 - units])):
         units = 0 if units == 1 or not re.search(r"\d[%)\]}]*$", tokens[end - units]) else 1

@@ -69,8 +69,9 @@ class Verification:
             left = len(trajectories) + 1
             while left:
                 unsettled = pending.wait(_ROUND)
-                for k, result in zip(complete, pending.result(), strict=True) if not unsettled else ():
-                    results[k] = result
+                if not unsettled:
+                    for k, result in zip(complete, pending.result(), strict=True):
+                        results[k] = result
                 # One all-reduce for outcomes, faults and what is left; every outcome has one rank that checked it.
                 found = torch.zeros(len(trajectories) + len(FAULTS) + 1, dtype=torch.float32)
                 found[mine] = torch.tensor([float(r.outcome) for r in results])

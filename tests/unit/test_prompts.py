@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import LeftOut, Prompt, PromptSet, PromptStream, check_not_empty, read_prompts
+from megatron_sgopd.rollout.prompts import (
+    LeftOut,
+    Prompt,
+    PromptSet,
+    PromptStream,
+    check_not_empty,
+    check_usable,
+    read_prompts,
+)
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
@@ -60,7 +68,7 @@ def load(settings: PromptSettings, exclude: PromptSet | tuple[()] = (), tokenize
     """As the reader's process does, in this one."""
     left_out = LeftOut()
     prompts = PromptSet.of(read_prompts(settings, tokenizer, left_out), left_out).without(exclude)
-    left_out.check(settings)
+    check_usable(prompts, settings)
     check_not_empty(prompts, settings.source)
     return prompts
 
