@@ -318,6 +318,7 @@ def _adapt_vllm() -> None:
         ConfigError: it is the vLLM for GPUs.
     """
     from vllm import _custom_ops
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -327,6 +328,9 @@ def _adapt_vllm() -> None:
         )
     # Else linear layers multiply by packed copies of their weights, to be made anew at each sync.
     _custom_ops._supports_onednn = False
+    # Else, with AVX-512, ranks sum over shared memory whose name is the same for all runs on a machine: no second one
+    # starts beside the first, nor after one that was killed. Without it they use gloo.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def _sdpa_attention_class() -> type:

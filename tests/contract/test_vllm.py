@@ -3,6 +3,7 @@
 import inspect
 
 import vllm
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import InprocClient
@@ -42,3 +43,11 @@ def test_shutdown_destroys_the_default_process_group_so_its_finalizer_is_detache
 def test_without_onednn_linear_layers_on_a_cpu_multiply_by_the_weights_they_were_given():
     *_, fallback = inspect.getsource(dispatch_cpu_unquantized_gemm).partition("ops._supports_onednn")
     assert "torch.nn.functional.linear(\n        x, weight, bias\n    )" in fallback
+
+
+def test_ranks_of_a_cpu_engine_use_gloo_where_they_do_not_share_a_name():
+    source = inspect.getsource(CpuCommunicator.__init__)
+    assert source.index("self.dist_module = torch.distributed") < source.index(
+        "_all_group_ranks_share_shm_group_name()"
+    )
+    assert source.index("_all_group_ranks_share_shm_group_name()") < source.index("= _CPUSHMDistributed(self)")
