@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -14,3 +16,29 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         help="change one setting of the recipe; may be given several times",
     )
+
+
+def add_chat_template(parser: argparse.ArgumentParser, of: str) -> None:
+    """Add what says how prompts become text, where no recipe does.
+
+    Args:
+        of: the prompts that are meant, for the help.
+    """
+    parser.add_argument("--no-chat-template", action="store_true", help=f"give the prompts of {of} as they are")
+    parser.add_argument(
+        "--chat-template-arguments",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help=f"what the chat template reads besides the messages of {of}: '{{\"enable_thinking\": false}}' for Qwen3",
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"enable_thinking": false}}')
+    return value

@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, print the resolved recipe and the Megatron command line, and stop",
+        help="check everything, print the resolved recipe, the first prompt as the student reads it and the Megatron "
+        "command line, and stop",
     )
     train.set_defaults(run=_train)
     add_check_data(commands)
@@ -134,6 +135,8 @@ def _train(arguments: argparse.Namespace) -> int:
     flags = megatron_arguments(recipe, inputs)
     if arguments.dry_run:
         print(resolved_text(recipe))
+        first = inputs.train[0]
+        print(f"# first prompt, {len(first.token_ids)} tokens, as the student reads it: {first.text!r}\n")
         print(as_command(flags, recipe.parallel.ranks))
         return 0
     if is_rank:

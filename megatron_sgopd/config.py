@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_sgopd.errors import ConfigError
@@ -201,6 +201,8 @@ class PromptSettings:
     """Split to read from a dataset folder that has several."""
     chat_template: bool = True
     """Put prompts through the tokenizer's chat template."""
+    chat_template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the chat template reads besides the messages: `enable_thinking: false` for Qwen3."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt that is accepted, in tokens; default: what a row leaves beside max_new_tokens."""
 

@@ -124,7 +124,11 @@ def _sources(arguments: argparse.Namespace, recipe: Recipe | None) -> list[tuple
     for text in arguments.data:
         name, separator, path = text.partition("=")
         file = Path(path if separator else text)
-        source = PromptSettings(source=str(file), chat_template=not arguments.no_chat_template)
+        source = PromptSettings(
+            source=str(file),
+            chat_template=not arguments.no_chat_template,
+            chat_template_arguments=arguments.chat_template_arguments,
+        )
         sources.append((name if separator else file.stem, source))
     names = [name for name, _ in sources]
     if len(set(names)) < len(names):

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sgopd.arguments import add_set
+from megatron_sgopd.arguments import add_chat_template, add_set
 from megatron_sgopd.common.console import Terminal, styled
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--verifier", metavar="NAME", help="math, task, exact or import.path:function (the recipe's, else math)"
     )
+    add_chat_template(command, of="DATA, with --model,")
     command.add_argument("--json", action="store_true", help="one JSON object for each data set, one a line")
     command.set_defaults(run=_check_data)
 
@@ -72,7 +73,11 @@ def _wanted(arguments: argparse.Namespace) -> tuple[str, dict[str, PromptSetting
     if not arguments.source.endswith((".yaml", ".yml")):
         if arguments.set:
             raise ConfigError(f"--set changes a recipe, and {arguments.source} is none: give a recipe (.yaml)")
-        settings = PromptSettings(source=arguments.source, chat_template=bool(arguments.model))
+        settings = PromptSettings(
+            source=arguments.source,
+            chat_template=bool(arguments.model) and not arguments.no_chat_template,
+            chat_template_arguments=arguments.chat_template_arguments,
+        )
         verify = VerifySettings(verifier=arguments.verifier or "math")
         return arguments.model, {Path(arguments.source).name: settings}, verify
     recipe = load_recipe(arguments.source, arguments.set)

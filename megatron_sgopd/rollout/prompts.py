@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -242,13 +244,8 @@ def read_prompts(
     Raises:
         ConfigError: naming the file, or the setting, that is wrong.
     """
-    if tokenizer is not None and settings.chat_template and not tokenizer.chat_template:
-        raise ConfigError(
-            f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
-            "prompts as they are, or take an instruction-tuned model's tokenizer"
-        )
-    if tokenizer is not None and settings.chat_template:
-        _check_generation_prompt(tokenizer)
+    if tokenizer is not None:
+        _check_chat_template(settings, tokenizer)
     for batch in batched_by_size(_usable(settings, tokenizer, problem, progress), lambda one: len(one.text)):
         token_ids = _tokenized([prompt.text for prompt in batch], settings, tokenizer)
         for prompt, ids in zip(batch, token_ids, strict=True):
@@ -261,12 +258,30 @@ def read_prompts(
             yield Prompt(prompt.id, prompt.text, tuple(ids), prompt.answer, prompt.task, prompt.metadata)
 
 
-def _check_generation_prompt(tokenizer: Any) -> None:
-    """The chat template begins the answer: else a model would go on with the question, or answer as the user."""
+def _check_chat_template(settings: PromptSettings, tokenizer: Any) -> None:
+    """There is one where it is wanted; it reads the arguments that it is given; and it begins the answer: else a model
+    would go on with the question, or answer as the user."""
+    arguments = settings.chat_template_arguments
+    if not settings.chat_template:
+        if arguments:
+            raise ConfigError(f"chat_template_arguments={arguments} has no use with chat_template: false: remove one")
+        return
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.name_or_path} has no chat template: set chat_template: false to use "
+            "prompts as they are, or take an instruction-tuned model's tokenizer"
+        )
+    ours = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in arguments:
+        if name in ours or not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+            raise ConfigError(
+                f"chat_template_arguments has {name!r}, which the chat template of {tokenizer.name_or_path} does not "
+                "read: correct its spelling, or leave it out"
+            )
     messages = [{"role": "user", "content": "1"}]
     try:
         with_it, without = (
-            tokenizer.apply_chat_template(messages, add_generation_prompt=wanted, tokenize=False)
+            tokenizer.apply_chat_template(messages, add_generation_prompt=wanted, tokenize=False, **arguments)
             for wanted in (True, False)
         )
     except Exception:  # what is wrong with it is said of the first prompt, by its line
@@ -331,7 +346,9 @@ def _text(row: Row, settings: PromptSettings, tokenizer: Any) -> str:
             raise ConfigError(f"{row.place}: {name!r} holds chat messages, which need chat_template: true")
         return row.prompt
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **settings.chat_template_arguments
+        )
     except MemoryError:
         raise
     except Exception as error:  # a template is a program, of whoever made the model

@@ -1,5 +1,6 @@
 """Prompts: sources agree, orders repeat, draws resume, and bad input is named."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -468,6 +469,24 @@ def test_messages_without_template_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
     settings = write_lines(tmp_path / "p.jsonl", *ROWS)
     assert "has no chat template: set chat_template: false" in refusal(settings, byte_tokenizer(chat_template=None))
+
+
+def test_a_template_gets_its_arguments_and_refuses_what_it_does_not_read(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(
+        TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<t></t>{% endif %}"
+    )
+
+    def settings(**arguments: Any) -> PromptSettings:
+        source = write_lines(tmp_path / "p.jsonl", *ROWS).source
+        return PromptSettings(source=source, chat_template_arguments=arguments)
+
+    assert load(settings(), (), tokenizer)[0].text.endswith("[assistant]")
+    quick = load(settings(enable_thinking=False), (), tokenizer)[0]
+    assert quick.text.endswith("[assistant]<t></t>") and len(quick.token_ids) == len(quick.text)
+    for wrong in ("enable_thinkin", "chat_template", "tokenize", "x]|("):
+        assert f"chat_template_arguments has {wrong!r}, which" in refusal(settings(**{wrong: False}), tokenizer)
+    plain = dataclasses.replace(settings(enable_thinking=False), chat_template=False)
+    assert "has no use with chat_template: false" in refusal(plain, tokenizer)
 
 
 def test_a_template_that_does_not_begin_the_answer_is_refused(tmp_path: Path) -> None:
