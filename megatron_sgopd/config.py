@@ -242,6 +242,8 @@ class AlarmSettings:
     that writes what the teacher never would needs more than 1."""
     truncated_steps: int = Field(default=3, ge=1)
     """Steps in a row in which every response is truncated."""
+    skipped_steps: int = Field(default=3, ge=1)
+    """Steps in a row that settings leave nothing to train on."""
     hang_seconds: float = Field(default=300.0, gt=0)
     """Seconds after which a stage hangs, or ten times its longest so far if that is more."""
     first_hang_seconds: float = Field(default=3600.0, gt=0)

@@ -58,6 +58,20 @@ class _Held:
     def step(self, increment: int) -> None: ...
 
 
+class _Unmoved:
+    """In place of an optimizer in a step that has nothing to train on: AdamW would go on by its momentum, and decay."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> tuple[bool, float, None]:
+        """As if it had been successful, with the gradient's norm."""
+        return True, 0.0, None
+
+
 class _Loop:
     """Three functions of Megatron's loop, each with what SG-OPD does before and after it."""
 
@@ -147,6 +161,7 @@ class _Loop:
         share = rows.rows // run.student.groups.dp.size()
         first = share * run.student.groups.dp.rank()
         updates = [policy]
+        count = self._settings.sgopd.updates_per_batch if policy.trains else 1
 
         def schedule(**arguments: Any) -> Any:
             # The number of packed rows differs from step to step.
@@ -159,7 +174,7 @@ class _Loop:
                 updates[-1],
                 RerunDataIterator(mine),
                 model,
-                optimizer,
+                optimizer if policy.trains else _Unmoved(optimizer),
                 opt_param_scheduler if last else _Held(),
                 config,
                 schedule,
@@ -168,7 +183,7 @@ class _Loop:
             )
 
         with run.phase("train"):
-            for left in reversed(range(self._settings.sgopd.updates_per_batch)):
+            for left in reversed(range(count)):
                 result = update(last=left == 0)
                 if left:
                     updates.append(policy.next_update())

@@ -29,7 +29,7 @@ from megatron_sgopd.models.provider import check_model, set_rotary_frequencies
 from megatron_sgopd.models.scorer import Scorer
 from megatron_sgopd.models.weight_map import ParallelLayout
 from megatron_sgopd.models.weights import load_weights
-from megatron_sgopd.monitor.alarms import check_metrics
+from megatron_sgopd.monitor.alarms import check_metrics, check_skipped
 from megatron_sgopd.monitor.clock import Clock
 from megatron_sgopd.monitor.heartbeat import Heartbeat
 from megatron_sgopd.monitor.metrics import Monitor
@@ -76,6 +76,9 @@ class Run:
     stop_request: StopRequest
     residency: Residency
     truncated_history: list[bool] = field(default_factory=list)
+    skipped_steps: int = 0
+    """Without anything to train on, those before this attempt included."""
+    skipped_in_a_row: int = 0
     _had_a_step: bool = False
     """In this process."""
 
@@ -117,6 +120,8 @@ class Run:
             }
             if grad_norm is not None:
                 metrics["grad_norm"] = float(grad_norm)
+            self._count_skipped(batch.step, policy.trains)
+            metrics["skipped_steps"] = self.skipped_steps
             check_metrics(self.settings.alarms, batch.step, metrics)
             if not self._had_a_step and self.student.model.config.fp8:  # scorers prove it where they score
                 prove_fp8(self.student.model)
@@ -207,6 +212,16 @@ class Run:
         planned = {name: sum(parts.values()) for name, parts in plan.phases.items()}
         said = (f"{name} {peaks[name] / GIB:.2f} ({planned[name] / GIB:.2f})" for name in planned if name in peaks)
         self.monitor.note(f"GiB in use at most on the first rank, and planned: {', '.join(said)}")
+
+    def _count_skipped(self, step: int, trains: bool) -> None:
+        self.skipped_in_a_row = 0 if trains else self.skipped_in_a_row + 1
+        self.skipped_steps += not trains
+        if not trains:
+            check_skipped(self.settings.alarms, step, self.skipped_in_a_row)
+            self.monitor.note(
+                f"step {step + 1}: settings leave every response out: there is nothing to train on, and the weights "
+                "stay as they are"
+            )
 
     def _set_noise_floor(self, logprob_gap: float) -> None:
         """For the next step, where the setting is `auto`."""
@@ -335,7 +350,10 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         run.teacher_rollouts = TeacherRollouts(
             settings, inputs.bank, verification, lambda: _teacher_engine(settings, args), run.prompts_of, monitor.note
         )
-    last = monitor.last_metrics(["noise_floor", "logprob_gap_p95"])  # a step without a gap leaves the floor as it is
+    last = monitor.last_metrics(
+        ["skipped_steps", "noise_floor", "logprob_gap_p95"]
+    )  # a step without a gap leaves the floor as it is
+    run.skipped_steps = int(last.get("skipped_steps", 0))
     run._set_noise_floor(last.get("logprob_gap_p95", last.get("noise_floor", math.nan)))
     for name, prompts in (("data.train", inputs.train), ("data.heldout", inputs.heldout)):
         if isinstance(prompts, PromptSet) and prompts.unusable:

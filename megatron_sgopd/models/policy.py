@@ -70,6 +70,11 @@ class PolicyStep:
         self._student_logprobs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._grad_squares: list[torch.Tensor] = []
 
+    @property
+    def trains(self) -> bool:
+        """Whether any token of the batch has a part in the loss; the same on every rank."""
+        return bool(self._counted_T.any())
+
     def next_update(self) -> PolicyStep:
         """The next update on the same batch, by importance ratios to the policy before this one, the first."""
         signals = dataclasses.replace(self.signals, old_logprobs_T=self.student_logprobs_T)

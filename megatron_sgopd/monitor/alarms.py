@@ -59,17 +59,29 @@ def check_teacher(settings: AlarmSettings, logprobs_T: torch.Tensor, vocab_size:
         )
 
 
+def check_skipped(settings: AlarmSettings, step: int, in_a_row: int) -> None:
+    """Not too many steps one after the other had nothing to train on.
+
+    Args:
+        in_a_row: such steps, this one included.
+
+    Raises:
+        Alarm: naming what leaves responses out.
+    """
+    if in_a_row >= settings.skipped_steps:
+        raise Alarm(
+            f"step {step}: nothing was left to train on in the last {in_a_row} steps: settings leave every response "
+            "out. Look at verify.truncated=skip, sgopd.uniform_groups=skip and filters, and at the pass rate; or raise "
+            "alarms.skipped_steps."
+        )
+
+
 def check_metrics(settings: AlarmSettings, step: int, metrics: dict[str, float]) -> None:
-    """Loss and gradient are numbers, some token was trained on, and trainer and engine agree on the policy.
+    """Loss and gradient are numbers, and trainer and engine agree on the policy.
 
     Raises:
         Alarm: naming the first thing that is wrong.
     """
-    if metrics["tokens"] + metrics["teacher_tokens"] == 0:
-        raise Alarm(
-            f"step {step}: no response token was left to train on: every response was masked out. Look at "
-            "verify.truncated=skip and sgopd.uniform_groups=skip, and at the pass rate."
-        )
     # A mean over no token is no number, and no fault.
     known = ["loss"] * (metrics["tokens"] > 0) + ["teacher_loss"] * (metrics["teacher_tokens"] > 0) + ["grad_norm"]
     known += ["full_kl"] * ("full_kl" in metrics and metrics["tokens"] > 0)

@@ -93,7 +93,7 @@ def read_run(path: Path) -> RunFolder:
         recipe=recipe,
         recent=recent,
         ended=ended,
-        alarms=alarms + _verifier_faults(recent[-1] if recent else {}),
+        alarms=alarms + _counted_faults(recent[-1] if recent else {}),
     )
 
 
@@ -192,9 +192,11 @@ def state(paths: Sequence[Path]) -> str:
     return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
-def _verifier_faults(last: dict[str, Any]) -> list[str]:
-    """What a step's metrics say of all answers until then."""
-    return [
+def _counted_faults(last: dict[str, Any]) -> list[str]:
+    """What a step's metrics say of all steps and answers until then."""
+    skipped = last.get("skipped_steps", 0)
+    said = [f"{skipped} steps had nothing to train on, since settings left every response out"] * bool(skipped)
+    return said + [
         f"verifier: {last[name]} answers, those of evaluations included, are wrong for the fault "
         f"'{name.removeprefix('verifier_')}'"
         for name in sorted(name for name in last if name.startswith("verifier_"))

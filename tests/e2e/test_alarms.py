@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .conftest import ONE_RANK, STUDENT, TEACHER, Finished, in_pairs, train
+from megatron_sgopd.report.runs import read_run
+
+from .conftest import ONE_RANK, STUDENT, TEACHER, Finished, in_pairs, succeed, train
 
 
 def changed_weights(source: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
@@ -101,6 +103,23 @@ def test_a_fault_ends_the_run_with_its_diagnosis(ending: Callable[[str], Finishe
     assert finished.code == 1
     assert "Traceback" not in finished.errors
     assert PLANTED[fault][1] in finished.errors
+
+
+def test_a_step_that_has_nothing_to_train_on_leaves_the_weights_and_is_counted(recorded_batch: Path, tmp_path: Path):
+    folder = changed_batch(recorded_batch, tmp_path / "batches", lambda trajectory: None)
+    for step, cut in ((1, True), (2, False)):
+        batch = json.loads((folder / "step_000000.json").read_text()) | {"step": step}
+        for trajectory in batch["trajectories"]:
+            trajectory["truncated"] = cut
+        (folder / f"step_00000{step}.json").write_text(json.dumps(batch))
+    changes = ONE_RANK | replay(folder) | {"train.steps": 3, "verify.truncated": "skip", "train.weight_decay": 0.1}
+    run = succeed(tmp_path / "run", changes | {"sgopd.updates_per_batch": 2})
+    assert [line["skipped_steps"] for line in run.metrics] == [0, 1, 1]
+    assert [line["grad_norm"] > 0 for line in run.metrics] == [True, False, True]
+    assert run.output.count("step 2: settings leave every response out") == 1
+    before, skipped, after = (run.recorded(step)["student_logprobs_T"] for step in range(3))
+    assert not torch.equal(before, skipped) and torch.equal(skipped, after)
+    assert any("1 steps had nothing to train on" in said for said in read_run(run.folder).alarms)
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stage_named_and_every_rank_stack(tmp_path: Path):

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sgopd.config import AlarmSettings
 from megatron_sgopd.errors import Alarm
-from megatron_sgopd.monitor.alarms import check_metrics, check_responses
+from megatron_sgopd.monitor.alarms import check_metrics, check_responses, check_skipped
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.trajectory import Trajectory
 from megatron_sgopd.step import Batch
@@ -31,6 +31,12 @@ def test_some_steps_in_a_row_of_nothing_but_truncated_responses() -> None:
 def test_responses_without_a_token() -> None:
     with pytest.raises(Alarm, match="step 0: 2 responses hold no token at all"):
         check_responses(AlarmSettings(), batch(0, False, False, tokens=0), [])
+
+
+def test_steps_in_a_row_that_have_nothing_to_train_on() -> None:
+    check_skipped(AlarmSettings(skipped_steps=2), 5, in_a_row=1)
+    with pytest.raises(Alarm, match="step 6: nothing was left to train on in the last 2 steps"):
+        check_skipped(AlarmSettings(skipped_steps=2), 6, in_a_row=2)
 
 
 @pytest.mark.parametrize(
