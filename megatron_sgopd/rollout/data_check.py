@@ -7,13 +7,13 @@ import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_sgopd.config import VerifySettings
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet
+from megatron_sgopd.rollout.prompts import NamedRows, PromptSet, SourcedPrompt
 from megatron_sgopd.verify.base import VerifierResult, VerifyRequest
 from megatron_sgopd.verify.equality import kind_of, vote
 from megatron_sgopd.verify.pool import VerifierPool
@@ -44,13 +44,16 @@ class DataReport:
     refused: list[str]
     """The first references that are not accepted as an answer to their own problem."""
     refusals: int
+    unsolved: list[str]
+    """The first worked solutions that do not end in their own reference."""
+    unsolved_rows: int
     samples: list[dict[str, str]]
     """Some prompts as a model would read them, with their answers."""
 
     @property
     def sound(self) -> bool:
         """Whether nothing has to be looked at."""
-        return not (self.rows > self.usable or self.contradictions or self.refusals)
+        return not (self.rows > self.usable or self.contradictions or self.refusals or self.unsolved_rows)
 
 
 def examine_data(prompts: PromptSet, verify: VerifySettings, has_tokens: bool) -> DataReport:
@@ -60,14 +63,19 @@ def examine_data(prompts: PromptSet, verify: VerifySettings, has_tokens: bool) -
         verify: whose verifier gets each reference back as an answer.
         has_tokens: False where prompts were not tokenized.
     """
-    refused: list[str] = []
-    refusals, kinds = 0, Counter[str]()
-    for prompt, result in _given_back(prompts, verify):
-        kinds[kind_of(prompt.answer)] += 1
-        if result.outcome != 1:
-            refusals += 1
-            if len(refused) < _SHOWN:
-                refused.append(f"{prompt.problem}: {prompt.answer!r} ({result.reason})")
+    refused, unsolved = NamedRows(), NamedRows()
+    kinds = Counter(kind_of(prompt.answer) for prompt in prompts)
+    limit = verify.memory_limit_mib * 2**20
+    with VerifierPool(verify.verifier, verify.workers, verify.time_limit, limit) as pool:
+        references = ((one, one.prompt.answer) for one in prompts.sourced())
+        for one, result in _given_back(references, verify.verifier, pool, len(prompts)):
+            if result.outcome != 1:
+                refused(f"{one.place}: {one.prompt.answer!r} ({result.reason})")
+        solved = ((one, one.solved) for one in prompts.sourced() if one.solved is not None)
+        for one, result in _given_back(solved, verify.verifier, pool, len(prompts)):
+            if result.outcome != 1:
+                ending = f"ends in {one.solved!r}" if one.solved else "has no answer that can be read"
+                unsolved(f"{one.place}: {ending}, and the reference is {one.prompt.answer!r}")
     duplicates, contradictions = _duplicates(prompts)
     lengths_N = prompts.lengths()
     quantiles = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -80,25 +88,30 @@ def examine_data(prompts: PromptSet, verify: VerifySettings, has_tokens: bool) -
         contradicting=contradictions[:_SHOWN],
         contradictions=len(contradictions),
         kinds=dict(kinds.most_common()),
-        refused=refused,
-        refusals=refusals,
+        refused=refused.first[:_SHOWN],
+        refusals=refused.count,
+        unsolved=unsolved.first[:_SHOWN],
+        unsolved_rows=unsolved.count,
         samples=[{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts[:3]],
     )
 
 
-def _given_back(prompts: PromptSet, verify: VerifySettings) -> Iterator[tuple[Prompt, VerifierResult]]:
-    """Each prompt, and what the verifier says of its reference as an answer."""
-    form = "<answer>{}</answer>" if verify.verifier in ("task", "exact") else "\\boxed{{{}}}"
+def _given_back(
+    answered: Iterable[tuple[SourcedPrompt, str]], verifier: str, pool: VerifierPool, total: int
+) -> Iterator[tuple[SourcedPrompt, VerifierResult]]:
+    """Each prompt, and what the verifier says of the answer that stands beside it here."""
+    form = "<answer>{}</answer>" if verifier in ("task", "exact") else "\\boxed{{{}}}"
     done, shown = 0, time.monotonic()
-    limit = verify.memory_limit_mib * 2**20
-    with VerifierPool(verify.verifier, verify.workers, verify.time_limit, limit) as pool:
-        for part in itertools.batched(prompts, _AT_A_TIME):
-            requests = [VerifyRequest(p.text, form.format(p.answer), p.answer, p.task, p.metadata) for p in part]
-            yield from zip(part, pool.submit(requests).result(), strict=True)
-            done += len(part)
-            if time.monotonic() - shown > 5:
-                shown = time.monotonic()
-                print(f"check-data: {done:,} of {len(prompts):,} references are given back", file=sys.stderr)
+    for part in itertools.batched(answered, _AT_A_TIME):
+        requests = [
+            VerifyRequest(p.text, form.format(answer), p.answer, p.task, p.metadata)
+            for p, answer in ((one.prompt, answer) for one, answer in part)
+        ]
+        yield from zip((one for one, _ in part), pool.submit(requests).result(), strict=True)
+        done += len(part)
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            print(f"check-data: {done:,} of {total:,} answers are given back", file=sys.stderr)
 
 
 def _duplicates(prompts: PromptSet) -> tuple[int, list[str]]:
@@ -109,6 +122,8 @@ def _duplicates(prompts: PromptSet) -> tuple[int, list[str]]:
     answers: dict[str, dict[str, str]] = {}
     for place in again.tolist():
         prompt = prompts[place]
-        answers.setdefault(prompt.text, {}).setdefault(vote(prompt.answer), f"{prompt.answer!r} ({prompt.problem})")
+        answers.setdefault(prompt.text, {}).setdefault(
+            vote(prompt.answer), f"{prompt.answer!r} ({prompts.place(place)})"
+        )
     different = [" and ".join(found.values()) for found in answers.values() if len(found) > 1]
     return int(len(hashes_N) - len(counts)), different

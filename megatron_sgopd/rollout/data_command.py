@@ -23,7 +23,8 @@ def add_command(commands: Any) -> None:
         help="say what a data set holds, and what of it a run could not use",
         description="Read all of a recipe's data, or one file or folder, as a run would, and say: rows that cannot be "
         "used, with their lines; lengths of prompts; duplicates, and those that contradict each other; references that "
-        "the verifier does not accept as answers to themselves; kinds of answers; some prompts as a model reads them. "
+        "the verifier does not accept as answers to themselves; worked solutions that end in another answer than their "
+        "reference; kinds of answers; some prompts as a model reads them. "
         "Exit code 1 if something should be looked at.",
         epilog="Examples: megatron-sgopd check-data recipe.yaml  ·  megatron-sgopd check-data gsm8k.jsonl --model "
         "models/Qwen3-4B",
@@ -105,5 +106,9 @@ def _show(name: str, settings: PromptSettings, report: DataReport) -> None:
         console.print(styled(f"  not accepted as an answer to itself: {text}", "red"))
     if report.refusals > len(report.refused):
         console.print(f"  … {report.refusals:,} such references in all")
+    for text in report.unsolved:
+        console.print(styled(f"  the data's own solution: {text}", "red"))
+    if report.unsolved_rows > len(report.unsolved):
+        console.print(f"  … {report.unsolved_rows:,} such solutions in all")
     for sample in report.samples:
         console.print(f"  {sample['prompt']!r}  (answer {sample['answer']!r})")

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_sgopd.checkpoint.files import new_file
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
-from megatron_sgopd.rollout.prompts import LeftOut, read_prompts, write_prompts
+from megatron_sgopd.rollout.prompts import NamedRows, read_prompts, write_prompts
 from megatron_sgopd.rollout.tokenizer import load_tokenizer
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     for line in sys.stdin:
         values, out = json.loads(line)
         try:
-            settings, left_out = PromptSettings(**values), LeftOut()
+            settings, left_out = PromptSettings(**values), NamedRows()
             with new_file(Path(out)) as file:
                 prompts = read_prompts(settings, tokenizer, left_out, _each_second(reply))
                 write_prompts(prompts, file, left_out)

@@ -50,6 +50,17 @@ class Prompt:
         return self.id.rpartition(_EPOCH_END)[2]
 
 
+@dataclass(frozen=True)
+class SourcedPrompt:
+    """A prompt, and what its source says beside it."""
+
+    prompt: Prompt
+    place: str
+    """Where it stands in its source."""
+    solved: str | None
+    """The final answer of the source's own worked solution, empty where none can be read; None without a solution."""
+
+
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -59,8 +70,12 @@ _SCHEMA = pa.schema(
         ("task", pa.string()),
         ("metadata", pa.string()),
         ("text_hash", pa.uint64()),
+        ("place", pa.string()),
+        ("solved", pa.string()),
     ]
 )
+_BESIDE = ("text_hash", "place", "solved")
+"""Columns that are no fields of a prompt."""
 _KEPT_PROBLEMS = 100
 _SET_INFO = b"megatron_sgopd"
 _BATCH_CHARACTERS = 1 << 22
@@ -68,8 +83,8 @@ _BATCH_CHARACTERS = 1 << 22
 _BATCH_PROMPTS = 2000
 
 
-class LeftOut:
-    """Rows of a source that cannot be used: how many, and what is wrong with the first of them."""
+class NamedRows:
+    """Rows with something wrong: how many, and what it is with the first of them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -82,7 +97,7 @@ class LeftOut:
             self.first.append(problem)
 
 
-def write_prompts(prompts: Iterable[Prompt], sink: Any, left_out: LeftOut | None = None) -> None:
+def write_prompts(prompts: Iterable[SourcedPrompt], sink: Any, left_out: NamedRows | None = None) -> None:
     """Write prompts as an Arrow file, which `PromptSet` maps into memory; a part of them is held at a time.
 
     Args:
@@ -91,12 +106,13 @@ def write_prompts(prompts: Iterable[Prompt], sink: Any, left_out: LeftOut | None
     """
     digest, tasks = hashlib.blake2b(digest_size=16), set[str]()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for batch in batched_by_size(prompts, lambda prompt: len(prompt.text)):
-            rows = [vars(prompt) | {"metadata": json.dumps(prompt.metadata, sort_keys=True)} for prompt in batch]
-            for row in rows:
+        for batch in batched_by_size(prompts, lambda one: len(one.prompt.text)):
+            rows = [vars(one.prompt) | {"metadata": json.dumps(one.prompt.metadata, sort_keys=True)} for one in batch]
+            for row, one in zip(rows, batch, strict=True):
                 row["text_hash"] = _hash(row["text"])
                 digest.update(json.dumps(row, sort_keys=True).encode())
-            tasks.update(prompt.task for prompt in batch)
+                row |= {"place": one.place, "solved": one.solved}
+            tasks.update(one.prompt.task for one in batch)
             writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
         known: dict[str, Any] = {"digest": digest.hexdigest(), "tasks": sorted(tasks)}
         known |= {"unusable": left_out.count if left_out else 0, "problems": left_out.first if left_out else []}
@@ -144,10 +160,10 @@ class PromptSet(Sequence[Prompt]):
         """How many prompts were left out."""
 
     @classmethod
-    def of(cls, prompts: Iterable[Prompt], left_out: LeftOut | None = None) -> PromptSet:
+    def of(cls, prompts: Iterable[Prompt]) -> PromptSet:
         """Prompts that are there already, without a file."""
         sink = pa.BufferOutputStream()
-        write_prompts(prompts, sink, left_out=left_out)
+        write_prompts((SourcedPrompt(prompt, prompt.id, None) for prompt in prompts), sink)
         return cls(sink.getvalue())
 
     def without(self, others: Iterable[Prompt]) -> PromptSet:
@@ -180,9 +196,17 @@ class PromptSet(Sequence[Prompt]):
         return None if row < 0 else _prompt(self._table.slice(row, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Prompt]:
+        return (one.prompt for one in self.sourced())
+
+    def sourced(self) -> Iterator[SourcedPrompt]:
+        """Each prompt, and what its source says beside it."""
         for start in range(0, len(self), _BATCH_PROMPTS):
-            rows = self._rows[start : start + _BATCH_PROMPTS]
-            yield from map(_prompt, self._table.take(rows).to_pylist())
+            rows = self._table.take(self._rows[start : start + _BATCH_PROMPTS]).to_pylist()
+            yield from (SourcedPrompt(_prompt(row), row["place"], row["solved"]) for row in rows)
+
+    def place(self, index: int) -> str:
+        """Where a prompt stands in its source."""
+        return self._table["place"][int(self._rows[index])].as_py()
 
     def lengths(self) -> np.ndarray:
         """int32 [N]: tokens of each prompt."""
@@ -201,8 +225,8 @@ class PromptSet(Sequence[Prompt]):
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
-    del row["text_hash"]
-    return Prompt(**row | {"token_ids": tuple(row["token_ids"]), "metadata": json.loads(row["metadata"])})
+    fields = {name: value for name, value in row.items() if name not in _BESIDE}
+    return Prompt(**fields | {"token_ids": tuple(row["token_ids"]), "metadata": json.loads(row["metadata"])})
 
 
 def check_usable(prompts: PromptSet, settings: PromptSettings) -> None:
@@ -233,7 +257,7 @@ def check_not_empty(prompts: PromptSet, source: str) -> None:
 
 def read_prompts(
     settings: PromptSettings, tokenizer: Any, problem: Problems, progress: Callable[[int], None] = lambda _: None
-) -> Iterator[Prompt]:
+) -> Iterator[SourcedPrompt]:
     """Read the prompts of a source and tokenize them, some at a time.
 
     Args:
@@ -255,7 +279,8 @@ def read_prompts(
                     "allowed: leave it out, raise max_prompt_tokens, or raise train.row_tokens"
                 )
                 continue
-            yield Prompt(prompt.id, prompt.text, tuple(ids), prompt.answer, prompt.task, prompt.metadata)
+            whole = Prompt(prompt.id, prompt.text, tuple(ids), prompt.answer, prompt.task, prompt.metadata)
+            yield SourcedPrompt(whole, _valid(prompt.place.removeprefix(f"{settings.source}, ")), prompt.solved)
 
 
 def _check_chat_template(settings: PromptSettings, tokenizer: Any) -> None:
@@ -303,6 +328,7 @@ class _Usable:
     answer: str
     task: str
     metadata: dict[str, Any]
+    solved: str | None
 
 
 def _usable(
@@ -315,7 +341,13 @@ def _usable(
         except ConfigError as error:
             problem(str(error))
             continue
-        yield _Usable(row.place, f"problem {index}", text, answer, row.task, row.metadata)
+        solved = _valid(final_answer(row.solution) or "") if isinstance(row.solution, str) else None
+        yield _Usable(row.place, f"problem {index}", text, answer, row.task, row.metadata, solved)
+
+
+def _valid(text: str) -> str:
+    """As much of it as is Unicode: names of files, and solutions, may hold anything."""
+    return text.encode(errors="replace").decode()
 
 
 def _tokenized(texts: list[str], settings: PromptSettings, tokenizer: Any) -> list[list[int]]:

@@ -38,6 +38,8 @@ class Row:
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     answer_form: Literal["plain", "worked", "boxed", "list"] = "plain"
+    solution: Any = None
+    """The source's own worked solution, where it has one beside the answer or around it."""
 
 
 def short(value: Any) -> str:
@@ -99,6 +101,7 @@ def _as_rows(placed: Iterable[Placed], settings: PromptSettings, problem: Proble
             prompt_field=fields.prompt,
             answer_field=fields.answer,
             answer_form=fields.form,
+            solution=answer if fields.form == "worked" else columns.get(_SOLUTION),
         )
 
 

@@ -39,7 +39,8 @@ def test_benchmarks_are_read_by_their_own_column_names(name: str, suffix: str, t
         path.write_text("".join(json.dumps(row) + "\n" for row in SHAPES[name]))
     else:
         pq.write_table(pa.Table.from_pylist(SHAPES[name]), path)
-    [prompt] = read_prompts(PromptSettings(source=str(path)), load_tokenizer(str(STUDENT)), pytest.fail)
+    [one] = read_prompts(PromptSettings(source=str(path)), load_tokenizer(str(STUDENT)), pytest.fail)
+    prompt = one.prompt
     assert f"{SENTENCE}4 - 1 =" in prompt.text
     assert float(prompt.answer) == 3
 

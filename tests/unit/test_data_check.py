@@ -69,10 +69,28 @@ def test_what_contradicts_itself_and_what_the_verifier_refuses(
     lines = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
     code, [report] = checked(capsys, write(tmp_path / "rows.jsonl", lines), "--model", STUDENT)
     assert code == 1 and report["duplicates"] == 2
-    assert report["contradictions"] == 1 and report["contradicting"] == ["'2' (problem 0) and '3' (problem 2)"]
-    assert report["refusals"] == 1 and "problem 9: '?'" in report["refused"][0]
+    assert report["contradictions"] == 1 and report["contradicting"] == ["'2' (line 1) and '3' (line 3)"]
+    assert report["refusals"] == 1 and "line 10: '?'" in report["refused"][0]
     assert set(report["kinds"]) >= {"integer", "fraction", "word", "choice", "list", "expression"}
     assert report["tokens"]["min"] > 0 and len(report["samples"]) == 3
+
+
+def test_a_worked_solution_that_ends_in_another_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def row(number: int, solution: str) -> dict[str, str]:
+        return {"problem": f"{number}?", "solution": solution, "answer": "7"}
+
+    lines = [row(0, "So \\boxed{7}."), row(1, "So \\boxed{14/2}."), row(2, "So \\boxed{6}."), row(3, "Proof by cases.")]
+    code, [report] = checked(capsys, write(tmp_path / "numina.jsonl", lines))
+    assert code == 1 and report["refusals"] == 0 and report["unsolved_rows"] == 2
+    assert report["unsolved"][0] == "line 3: ends in '6', and the reference is '7'"
+    assert report["unsolved"][1].startswith("line 4: ")
+    code, [report] = checked(
+        capsys, write(tmp_path / "odd.jsonl", [row(0, "\ud800 \\boxed{\ud800}"), row(1, "\\boxed{7}")])
+    )
+    assert code == 1 and report["unsolved_rows"] == 1
+    worked = [{"question": "x", "answer": "3 + 4 = 7\n#### 7"}, {"question": "y", "answer": "It is 1,250.\n#### 1,250"}]
+    code, [report] = checked(capsys, write(tmp_path / "gsm8k.jsonl", worked))
+    assert code == 0 and report["unsolved_rows"] == 0
 
 
 def test_a_recipes_own_data_and_what_a_person_sees(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,7 @@ OTHER: dict[str, Any] = {
     "seed": 5,
     "split": "test",
     "chat_template": False,
+    "chat_template_arguments": {"enable_thinking": False},
     "max_prompt_tokens": 9,
 }
 

@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sgopd.config import PromptSettings
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.rollout.prompts import (
-    LeftOut,
+    NamedRows,
     Prompt,
     PromptSet,
     PromptStream,
     check_not_empty,
     check_usable,
     read_prompts,
+    write_prompts,
 )
 
 TEMPLATE = (
@@ -67,8 +68,9 @@ def write_lines(path: Path, *lines: object) -> PromptSettings:
 
 def load(settings: PromptSettings, exclude: PromptSet | tuple[()] = (), tokenizer: Any = TOKENIZER) -> PromptSet:
     """As the reader's process does, in this one."""
-    left_out = LeftOut()
-    prompts = PromptSet.of(read_prompts(settings, tokenizer, left_out), left_out).without(exclude)
+    left_out, sink = NamedRows(), pa.BufferOutputStream()
+    write_prompts(read_prompts(settings, tokenizer, left_out), sink, left_out)
+    prompts = PromptSet(sink.getvalue()).without(exclude)
     check_usable(prompts, settings)
     check_not_empty(prompts, settings.source)
     return prompts
