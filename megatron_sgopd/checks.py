@@ -41,6 +41,11 @@ class Inputs:
     bank: BankIdentity | None
     """Of the teacher's rollouts; None where none are wanted."""
 
+    @property
+    def prompts_digest(self) -> str:
+        """Of all prompts that the run is trained and evaluated on, wherever they come from."""
+        return " ".join(prompts.digest for prompts in (self.train, self.heldout) if isinstance(prompts, PromptSet))
+
 
 def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     """Read models' configurations, tokenizers, prompts and verifier, and check them against each other.
@@ -84,6 +89,24 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
     wanted = settings.teacher_rollouts.weight > 0
     bank = _check_teacher_rollouts(settings, tokenizer, train, row_tokens) if wanted else None
     return Inputs(student, teacher, tokenizer, method, train, heldout, bank)
+
+
+PROMPTS_DIGEST = "prompts.digest"
+"""File of a run folder."""
+
+
+def check_same_prompts(run_dir: Path, inputs: Inputs) -> None:
+    """The position in the prompts follows from the step, so a run goes on only with the prompts it began with.
+
+    Raises:
+        ConfigError: they have changed.
+    """
+    path = run_dir / PROMPTS_DIGEST
+    if path.is_file() and path.read_text() != inputs.prompts_digest:
+        raise ConfigError(
+            f"the prompts of this run have changed since it began (digest {inputs.prompts_digest}, {path} says "
+            f"{path.read_text()}): restore them and the tokenizer, or start a new run in another run_dir"
+        )
 
 
 _NO_METHOD_FIELDS = ("method", "logprob_chunk_tokens", "updates_per_batch")
@@ -265,8 +288,6 @@ def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -
             f"train.min_learning_rate={train.min_learning_rate} is more than train.learning_rate="
             f"{train.learning_rate}: lower it"
         )
-    if train.warmup_steps >= train.steps:
-        raise ConfigError(f"train.warmup_steps={train.warmup_steps} must be less than train.steps={train.steps}")
 
 
 def check_disk(run_dir: Path, parameter_count: int, precision: str) -> None:

@@ -123,6 +123,7 @@ def _train(arguments: argparse.Namespace) -> int:
         check_recipe,
         load_recipe,
         megatron_arguments,
+        remarks,
         resolved_text,
         write_resolved,
     )
@@ -135,6 +136,8 @@ def _train(arguments: argparse.Namespace) -> int:
     flags = megatron_arguments(recipe, inputs)
     if arguments.dry_run:
         print(resolved_text(recipe))
+        for said in remarks(recipe):
+            print(f"# {said}")
         first = inputs.train[0]
         print(f"# first prompt, {len(first.token_ids)} tokens, as the student reads it: {first.text!r}\n")
         print(as_command(flags, recipe.parallel.ranks))
@@ -158,7 +161,10 @@ def _is_finished(recipe: Recipe) -> bool:
     print(
         f"{recipe.run_dir} has all its {summary['steps']} steps already (held-out pass rate: {rates or 'none taken'})."
     )
-    print("Remove the folder, or choose another with --set run_dir=DIR, to train again.")
+    print(
+        "To train on, raise train.steps (where train.schedule is constant). To train again, remove the folder, or "
+        "choose another with --set run_dir=DIR."
+    )
     return True
 
 

@@ -353,7 +353,7 @@ class TrainSettings:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; at most one fewer than steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
+from megatron_sgopd.checkpoint.completeness import newest_step
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout, method_of
+from megatron_sgopd.checks import Inputs, check_disk, check_inputs, check_layout, check_same_prompts, method_of
 from megatron_sgopd.cluster.hardware import Device, device
 from megatron_sgopd.cluster.plan import Plan, planner_of, setup_of, teacher_engine_bytes
 from megatron_sgopd.common.data_files import read_yaml
-from megatron_sgopd.config import Recipe, as_dict, build, settings_flags
+from megatron_sgopd.config import Recipe, TrainSettings, as_dict, build, settings_flags
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.fp8 import check_fp8, training_flags
 from megatron_sgopd.models.architecture import Architecture
@@ -42,6 +43,8 @@ _LAYOUT = frozenset(
     | {"rollout.memory_fraction", "rollout.cache_gib", "rollout.sync_bucket_mib", "sgopd.logprob_chunk_tokens"}
 )
 """Settings that change nothing but the order of sums: a run may go on with others."""
+_SAME_PROMPTS = frozenset({"data.train.source", "data.heldout.source"})
+"""Settings that may change if the prompts do not."""
 _PLUGIN = "(the plugin)"
 
 
@@ -84,6 +87,8 @@ def check_recipe(recipe: Recipe) -> Inputs:
     """
     check_run_dir(recipe)
     inputs = check_inputs(recipe, recipe.train.row_tokens)
+    if _trained(Path(recipe.run_dir)):
+        check_same_prompts(Path(recipe.run_dir), inputs)
     check_layout(recipe, inputs.student, inputs.teacher)
     check_fp8(recipe, setup_of(recipe), inputs.student, inputs.teacher)
     megatron_arguments(recipe, inputs)
@@ -137,13 +142,15 @@ def check_run_dir(recipe: Recipe) -> None:
         ConfigError: naming the settings that differ.
     """
     different = _changes(recipe)
-    if fatal := sorted(different.keys() - _LAYOUT):
+    if fatal := sorted(different.keys() - _LAYOUT - _SAME_PROMPTS - {"train.steps"}):
         earlier, now = different[fatal[0]]
         raise ConfigError(
             f"run folder {recipe.run_dir} belongs to a run with {fatal[0]}={earlier!r}, not {now!r}"
             + (f" (and {len(fatal) - 1} more differences)" if len(fatal) > 1 else "")
             + ": choose another run_dir, or remove the folder"
         )
+    if "train.steps" in different:
+        _check_steps(recipe, different["train.steps"][0])
     flags = {name.removeprefix("--").replace("_", "-") for name, value in recipe.megatron.items() if value}
     moved = sorted(different.keys() & {"parallel.tensor", "parallel.pipeline", "parallel.expert"})
     if moved and "use-distributed-optimizer" in flags and "dist-ckpt-optim-fully-reshardable" not in flags:
@@ -155,18 +162,51 @@ def check_run_dir(recipe: Recipe) -> None:
         )
 
 
-def layout_changes(recipe: Recipe) -> str | None:
-    """What to say of a run that goes on in another layout than it was trained in until now; None if it does not."""
-    different = _changes(recipe)
-    said = ", ".join(f"{name}={now} (was {earlier})" for name, (earlier, now) in sorted(different.items()))
-    return f"goes on with {said}: the same numbers, but for the order of float sums" if said else None
+def _check_steps(recipe: Recipe, earlier: int) -> None:
+    """With another number of steps, those that are done have had the learning rate that they would have had."""
+    train, done = recipe.train, newest_step(Path(recipe.run_dir) / "checkpoints")
+    said = f"run folder {recipe.run_dir} belongs to a run with train.steps={earlier}, not {train.steps}"
+    mend = (
+        f"keep train.steps, or begin another run with what this one has learnt (megatron-sgopd export {recipe.run_dir} "
+        "OUT, model.path=OUT)"
+    )
+    if train.steps < done:
+        raise ConfigError(f"{said}, and has {done} steps already: choose another run_dir")
+    if train.schedule != "constant":
+        raise ConfigError(
+            f"{said}: train.schedule={train.schedule} spreads the learning rate over all steps, so that those that are "
+            f"done would have had another: {mend}"
+        )
+    was, now = (warmup_steps(dataclasses.replace(train, steps=steps)) for steps in (earlier, train.steps))
+    if was != now:
+        raise ConfigError(f"{said}: its warm-up was of {was} steps and would have been of {now}: {mend}")
+
+
+def warmup_steps(train: TrainSettings) -> int:
+    """Steps of warm-up: fewer than there are steps, so that a quick try needs no other setting."""
+    return min(train.warmup_steps, train.steps - 1)
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What to say before a run starts: how it goes on otherwise than until now, and a warm-up that is cut short."""
+    different = {name: f"{name}={now} (was {earlier})" for name, (earlier, now) in sorted(_changes(recipe).items())}
+    layout = ", ".join(said for name, said in different.items() if name in _LAYOUT)
+    said = [f"goes on with {layout}: the same numbers, but for the order of float sums"] * bool(layout)
+    said += [
+        f"goes on with {different[name]}: the prompts are the same" for name in sorted(different.keys() & _SAME_PROMPTS)
+    ]
+    said += [f"goes on with {different['train.steps']}"] * ("train.steps" in different)
+    if (warmup := warmup_steps(recipe.train)) < recipe.train.warmup_steps:
+        said.append(
+            f"train.warmup_steps={recipe.train.warmup_steps} is cut to {warmup}, since train.steps={recipe.train.steps}"
+        )
+    return said
 
 
 def _changes(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Settings that shape the training and are not those of the run so far: earlier value and value now."""
     path = Path(recipe.run_dir) / RESOLVED
-    trained = any((path.parent / name).exists() for name in ("checkpoints", METRICS))
-    if not (trained and path.is_file()):
+    if not (_trained(path.parent) and path.is_file()):
         return {}
     earlier, now = (_flat(values) for values in (read_yaml(path), as_dict(recipe)))
     return {
@@ -174,6 +214,10 @@ def _changes(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         for key in earlier.keys() | now.keys()
         if earlier.get(key) != now.get(key) and key.split(".")[0] not in _FREE_TO_CHANGE
     }
+
+
+def _trained(run_dir: Path) -> bool:
+    return any((run_dir / name).exists() for name in ("checkpoints", METRICS))
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -186,14 +230,14 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_resolved(recipe: Recipe) -> None:
-    """Keep the recipe with all its defaults in the run folder, which the caller has claimed; says in which layout it
-    goes on if that has changed.
+    """Keep the recipe with all its defaults in the run folder, which the caller has claimed, and say what is to be
+    said of it.
 
     Raises:
         ConfigError: the folder has become another run's since it was checked.
     """
     check_run_dir(recipe)
-    if said := layout_changes(recipe):
+    for said in remarks(recipe):
         print(f"megatron-sgopd: {said}", flush=True)
     write_atomically(Path(recipe.run_dir) / RESOLVED, resolved_text(recipe).encode())
 
@@ -270,7 +314,10 @@ def _recipe_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "lr": (train.learning_rate, "train.learning_rate"),
         "min-lr": (train.min_learning_rate, "train.min_learning_rate"),
         "lr-decay-style": (train.schedule, "train.schedule"),
-        "lr-warmup-iters": (train.warmup_steps, "train.warmup_steps"),
+        "lr-warmup-iters": (warmup_steps(train), "train.warmup_steps"),
+        # Of W steps the first has 1/(W+1) of the learning rate, where Megatron would give it none.
+        "lr-warmup-init": (train.learning_rate / (warmup_steps(train) + 1), "train.learning_rate"),
+        "override-opt-param-scheduler": (True, _PLUGIN),  # that of more steps, which `check_run_dir` allows
         "weight-decay": (train.weight_decay, "train.weight_decay"),
         "adam-beta1": (train.adam_beta1, "train.adam_beta1"),
         "adam-beta2": (train.adam_beta2, "train.adam_beta2"),

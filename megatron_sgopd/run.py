@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.checks import Inputs, check_inputs
+from megatron_sgopd.checks import PROMPTS_DIGEST, Inputs, check_inputs, check_same_prompts
 from megatron_sgopd.cluster.hardware import GIB
 from megatron_sgopd.cluster.plan import check_context, check_full_estimator
 from megatron_sgopd.config import Settings
@@ -272,7 +272,10 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     _check_arguments(settings, args, model)
     check_context(args.context_parallel_size, args.seq_length, inputs.method)
     _check_engines(settings, inputs)
-    _check_same_prompts(run_dir / "prompts.digest", inputs.train.digest, args.iteration)
+    if args.iteration > 0:
+        check_same_prompts(run_dir, inputs)
+    elif dist.get_rank() == 0:
+        write_atomically(run_dir / PROMPTS_DIGEST, inputs.prompts_digest.encode())
     groups = ProcessGroupCollection.use_mpu_process_groups()
     student = Student(unwrapped(model[0]), inputs.student, groups)
     set_rotary_frequencies(student.model, inputs.student)
@@ -377,22 +380,6 @@ def _evaluate_teacher(
 
 def _teacher_engine(settings: Settings, args: Any) -> RolloutEngine:
     return RolloutEngine(settings.teacher.path, teacher_engine(settings), args.seq_length, args.seed)
-
-
-def _check_same_prompts(path: Path, digest: str, iteration: int) -> None:
-    """The position in the prompts follows from the step, so a run goes on only with the prompts it began with.
-
-    Raises:
-        ConfigError: they have changed.
-    """
-    stored = path.read_text() if iteration > 0 and path.is_file() else None
-    if stored not in (None, digest):
-        raise ConfigError(
-            f"the prompts of this run have changed since it began (digest {digest}, {path} says {stored}): "
-            "restore them and the tokenizer, or start a new run in another run_dir"
-        )
-    if stored is None and dist.get_rank() == 0:  # else another rank may be reading it
-        write_atomically(path, digest.encode())
 
 
 def _check_engines(settings: Settings, inputs: Inputs) -> None:

@@ -199,7 +199,7 @@ def test_bad_input_is_refused_before_anything_starts(name: str, tmp_path: Path, 
 
 def test_run_folder_of_another_recipe_is_refused(main_run: Finished, capsys: pytest.CaptureFixture[str]):
     before = (main_run.folder / "recipe.yaml").read_bytes()
-    message = refusal(capsys, main_run.folder, "train.steps=12")
+    message = refusal(capsys, main_run.folder, "train.seed=12")
     assert "belongs to a run with" in message
     assert (main_run.folder / "recipe.yaml").read_bytes() == before
 

@@ -145,7 +145,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been_and_saves_when_it_i
     assert not [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 8, "it went too far before it was killed"
 
-    process = start(tmp_path, changes)
+    process = start(tmp_path, changes | {"train.steps": 20})  # more of them, as to a run that has ended
     wait_for_step(tmp_path, 9, process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -157,7 +157,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been_and_saves_when_it_i
     assert "stopped by SIGINT, received in " in output
     assert f", after {stopped.reached} steps; {stopped.reached} are saved" in output
     assert sorted(steps_saved(tmp_path / "checkpoints")) == [8, stopped.reached]
-    assert "step 5/11" in output and "step 4/11" not in output
+    assert "step 5/20" in output and "step 4/20" not in output
+    assert output.count("goes on with train.steps=20 (was 11)") == 1
     superseded = (tmp_path / "metrics.superseded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in superseded][:2] == [5, 6], "what was done again is kept aside"
     assert [line["step"] for line in resumed.metrics] == list(range(1, stopped.reached + 1))

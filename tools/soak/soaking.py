@@ -92,12 +92,14 @@ class Soak:
             print(f"{number + 1} of {times}: {took[-1]:.1f} s, {step} of {self.steps} steps saved", flush=True)
         return took
 
-    def wait_for(self, stage: str) -> None:
-        """Until the first rank enters a stage, in which it may be for milliseconds."""
+    def wait_for(self, stage: str, step: int = 0) -> None:
+        """Until the first rank enters a stage, in which it may be for milliseconds, after `step` steps or more."""
         since = time.time()
-        while not any(b.stage == stage and b.rank == 0 and b.time >= since for b in read_beats(self.run_dir)):
+        while not any(
+            b.stage == stage and b.rank == 0 and b.time >= since and b.step >= step for b in read_beats(self.run_dir)
+        ):
             if time.time() > since + _ATTEMPT_SECONDS:
-                raise TimeoutError(f"no rank was in {stage} for {_ATTEMPT_SECONDS} s")
+                raise TimeoutError(f"no rank was in {stage} after {step} steps for {_ATTEMPT_SECONDS} s")
 
     def received(self) -> Counter[str]:
         """Stages in which signals were received, and how many."""
