@@ -4,12 +4,16 @@
 
 over the student's own tokens, c the weight of a KL to the reference (0 by default). sg[] stops the gradient, so
 d L_on / d s_t = - w_t A_t / N exactly. Tokens of the teacher's rollouts are only imitated: their constant is a weight
-(imitation.py). From a batch's second update on, delta_t and the rest are those of the policy before the first, and
+(imitation.py). From a batch's second update on
 
     w_t = min(exp(s_old - b_t), C) rho_t, or 0 where the ratio rho_t = exp(s_t - s_old) has left [1 - epsilon,
           1 + epsilon] on the side to which A_t pushes it
 
-which is the gradient of PPO's clipped objective (Schulman et al., arXiv 1707.06347).
+with s_old of the policy before the first, as in PPO's clipped objective (Schulman et al., arXiv 1707.06347). What
+verifier and gates said of the batch stays: classes, kappa_t, o_i and which responses are kept are those of s_old. What
+teacher and reference say of the student follows it: delta_t, and r_t - s_t, are those of s_t. So the mean gradient is
+that of a KL from the policy as it is, and a student that has become its teacher rests; with delta_t of s_old it would
+be driven past it.
 
 `sgopd.objective` names a pure function that makes A_t instead: `advantage(update: TokenUpdate, signals: TokenSignals)
 -> [T]`, from the preset's own update and everything that is known about the tokens.
@@ -70,7 +74,7 @@ class TokenUpdate:
     delta_T: torch.Tensor
     """delta_t = q_t - s_t; 0 for methods without a teacher."""
     classes_T: torch.Tensor
-    """The gate's verdict."""
+    """The gate's verdict on the batch, from before its first update."""
     kappa_T: torch.Tensor
     """kappa_t."""
     advantage_T: torch.Tensor
@@ -98,18 +102,20 @@ def token_update(student_logprobs_T: torch.Tensor, signals: TokenSignals, method
 
     old_T = s_T if signals.old_logprobs_T is None else signals.old_logprobs_T
     # The method decides, not what there is: a recorded batch may hold scores that this method does not use.
-    q_T = _needed(signals.teacher_logprobs_T, "teacher", method) if method.teacher else old_T
-    r_T = _needed(signals.reference_logprobs_T, "reference", method) if method.needs_reference else old_T
-    delta_T, o_T = kept(q_T - old_T), kept(signals.outcome_advantage_T)
-    d_T = kept(q_T - r_T) if method.reference == "initial" else delta_T
-    classes_T = gate(delta_T, o_T, method.noise_floor)
+    q_T = _needed(signals.teacher_logprobs_T, "teacher", method) if method.teacher else None
+    r_T = _needed(signals.reference_logprobs_T, "reference", method) if method.needs_reference else None
+    nothing_T = torch.zeros_like(s_T)
+    old_delta_T, delta_T = (nothing_T if q_T is None else kept(q_T - of_T) for of_T in (old_T, s_T))
+    o_T = kept(signals.outcome_advantage_T)
+    d_T = kept(q_T - r_T) if q_T is not None and r_T is not None and method.reference == "initial" else delta_T
+    classes_T = gate(old_delta_T, o_T, method.noise_floor)
     kappa_T = kappa(classes_T, method, s_T)
     advantage_T = delta_T + (kappa_T - 1) * d_T + eta(classes_T, method, s_T) * o_T
-    if method.reference_kl_coef:
-        advantage_T = advantage_T + method.reference_kl_coef * kept(r_T - old_T)
     if method.trajectory_gate:
-        keep_T = trajectory_gate(delta_T, o_T, signals.trajectory_T, method.trajectory_margin)
+        keep_T = trajectory_gate(old_delta_T, o_T, signals.trajectory_T, method.trajectory_margin)
         advantage_T = torch.where(keep_T, advantage_T, 0.0)
+    if r_T is not None and method.reference_kl_coef:
+        advantage_T = advantage_T + method.reference_kl_coef * kept(r_T - s_T)
     weight_T = torch.where(mask_T, torch.ones_like(s_T), 0.0)
     if method.importance_clip is not None:
         weight_T = weight_T * torch.exp(kept(old_T - signals.behaviour_logprobs_T)).clamp(max=method.importance_clip)
@@ -171,8 +177,9 @@ def full_coefficients(
     """f_t and c_t of the loss sum_t (f_t KL_t - c_t s_t).
 
     f_t = w_t kappa_t; c_t is what A_t has beside kappa_t delta_t, and for a teacher's tokens their weight. Pure. Where
-    kappa does not depend on the token, the gradient is the mean of the sampled estimator's over what could have been
-    sampled. With a gate it is another update: the sampled token then decides how much the whole distribution counts.
+    kappa is the same for all tokens and no weight is truncated or clipped, the gradient is the mean of the sampled
+    estimator's over what could have been sampled, at every update on a batch. With a gate it is another update: the
+    sampled token then decides how much the whole distribution counts.
     """
     update = token_update(student_logprobs_T, signals, method)
     rest_T = update.weight_T * (update.advantage_T - update.kappa_T * update.delta_T)

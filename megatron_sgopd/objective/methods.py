@@ -101,7 +101,8 @@ METHODS = {
         Method("grpd", 1.0, 0.0, outcome="group", uniform_groups="skip"),
         Method("grpo", 0.0, 0.0, 1.0, 1.0, outcome="group"),
         Method("opd_grpo", 1.0, 1.0, 1.0, 1.0, outcome="group"),
-        Method("rgopd", outcome="group", trajectory_gate=True),
+        # Its gate reads nothing of o but the sign: in a group of one outcome too, the verifier has said which it is.
+        Method("rgopd", outcome="pm1", trajectory_gate=True),
     )
 }
 

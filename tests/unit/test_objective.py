@@ -65,7 +65,7 @@ ROWS = {
     "grpd": (1, 0, 0, 0, "live", "group", "skip"),
     "grpo": (0, 0, 1, 1, "live", "group", "conflict"),
     "opd_grpo": (1, 1, 1, 1, "live", "group", "conflict"),
-    "rgopd": (1, 1, 0, 0, "live", "group", "conflict"),
+    "rgopd": (1, 1, 0, 0, "live", "pm1", "conflict"),
 }
 
 
