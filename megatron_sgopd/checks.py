@@ -47,11 +47,12 @@ class Inputs:
         return " ".join(prompts.digest for prompts in (self.train, self.heldout) if isinstance(prompts, PromptSet))
 
 
-def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
+def check_inputs(settings: Settings, row_tokens: int, seed: int) -> Inputs:
     """Read models' configurations, tokenizers, prompts and verifier, and check them against each other.
 
     Args:
         row_tokens: length of a packed row, which prompt and response must fit.
+        seed: of the run.
 
     Raises:
         ConfigError: naming the first setting that does not fit, and the mend.
@@ -87,7 +88,7 @@ def check_inputs(settings: Settings, row_tokens: int) -> Inputs:
             f"{settings.rollout.prompts_per_step}: lower the latter or give more prompts"
         )
     wanted = settings.teacher_rollouts.weight > 0
-    bank = _check_teacher_rollouts(settings, tokenizer, train, row_tokens) if wanted else None
+    bank = _check_teacher_rollouts(settings, tokenizer, train, row_tokens, seed) if wanted else None
     return Inputs(student, teacher, tokenizer, method, train, heldout, bank)
 
 
@@ -124,8 +125,8 @@ def check_task_scorers(sets: Iterable[PromptSet]) -> None:
         scorer(task)
 
 
-FP8_ROLLOUTS_CLIP = 2.0
-"""C of the importance weights, where the settings leave it open and rollouts are in FP8."""
+OTHER_KERNELS_CLIP = 2.0
+"""C of the importance weights, where the settings leave it open and the engine computes by other kernels, or in FP8."""
 
 
 def method_of(settings: Settings) -> Method:
@@ -140,18 +141,31 @@ def method_of(settings: Settings) -> Method:
         if field.name not in _NO_METHOD_FIELDS
     }
     given = {name: value for name, value in overrides.items() if value is not None}
-    if settings.fp8.rollouts:
-        given.setdefault("importance_clip", FP8_ROLLOUTS_CLIP)
+    if settings.fp8.rollouts or settings.platform == "cuda" or gpu_memory(settings.platform) is not None:
+        given.setdefault("importance_clip", OTHER_KERNELS_CLIP)
     if given.get("importance_clip") == 0:
         given["importance_clip"] = None
     if given.get("noise_floor") == "auto":
+        _check_measurable(settings)
         given |= {"noise_floor": 0.0, "measured_noise_floor": True}
     if "objective" in given:
         given["objective"] = import_function(given["objective"], "sgopd.objective")
     return method_from_settings(settings.sgopd.method, **given)
 
 
-def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet, row_tokens: int) -> BankIdentity:
+def _check_measurable(settings: Settings) -> None:
+    """|s - b| tells how far the precision moves q - s: not where b is of another precision than s, nor where q is."""
+    for name, value in (("fp8.rollouts", settings.fp8.rollouts), ("fp8.teacher", settings.fp8.teacher)):
+        if value:
+            raise ConfigError(
+                f"sgopd.noise_floor=auto reads |s - b|, which with {name}={value} is not the noise of q - s: measure "
+                "that with `megatron-sgopd noise-floor RECIPE`, and set sgopd.noise_floor to the number it gives"
+            )
+
+
+def _check_teacher_rollouts(
+    settings: Settings, tokenizer: Any, train: PromptSet, row_tokens: int, seed: int
+) -> BankIdentity:
     wanted = settings.teacher_rollouts
     if wanted.end_step < max(wanted.hold_steps, 1):
         raise ConfigError(
@@ -162,7 +176,7 @@ def _check_teacher_rollouts(settings: Settings, tokenizer: Any, train: PromptSet
         raise ConfigError(
             f"teacher_rollouts.weight={wanted.weight} is a fraction of the slots in mode mixture: give 0 to 1"
         )
-    identity = teacher_worker(settings, tokenizer, row_tokens).identity(train)
+    identity = teacher_worker(settings, tokenizer, row_tokens, seed).identity(train)
     folder = bank_folder(settings)
     if wanted.bank is not None or (folder / IDENTITY).is_file():
         check_identity(folder, identity)

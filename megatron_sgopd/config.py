@@ -94,10 +94,13 @@ class SgopdSettings:
     """Groups whose responses all have one outcome: conflict tokens, or left out."""
     noise_floor: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
     """tau in nats: where teacher and student differ by less, the gate is neutral. auto: the last step's 95th
-    percentile of |s - b|, below which a difference may be the precision's and no preference."""
+    percentile of |s - b|, below which a difference may be the precision's and no preference. Not with fp8.rollouts or
+    fp8.teacher, whose noise that is not."""
     importance_clip: float | None = Field(default=None, ge=0)
-    """C: weight tokens by min(exp(s - b), C); 0: no importance weights. Unset: 0, but 2 where the rollouts are made in
-    FP8, by another policy than the one that is trained."""
+    """C: weight tokens by min(exp(s - b), C); 0: no importance weights. Unset: 0 on CPUs; 2 on GPUs, where trainer and
+    engine compute by other kernels, and where the rollouts are made in FP8."""
+    advantage_clip: float | None = Field(default=None, gt=0)
+    """Bound on |A_t|; how many tokens reach it is logged. Unset: none."""
     reference_kl_coef: float | None = Field(default=None, ge=0)
     """Weight of a reverse KL to the initial student, added to the loss; holds a student that drifts off."""
     updates_per_batch: int = Field(default=1, ge=1)
@@ -138,9 +141,9 @@ class TeacherRolloutSettings:
     memory_fraction: float = Field(default=ALONE_MEMORY_FRACTION, gt=0, lt=1)
     """Share of the GPU's memory that the teacher's engine may take, which is alone there (CUDA)."""
     temperature: float = Field(default=1.0, gt=0, le=10)
-    """Sampling temperature of the teacher."""
-    seed: int = 0
-    """Seed of the teacher's rollouts."""
+    """Sampling temperature of the teacher, at which the cross-entropy of its rollouts is taken too."""
+    seed: int | None = None
+    """Seed of the teacher's rollouts. Unset: the run's; of a bank that is named, 0, so that runs can share it."""
     bank: str | None = None
     """Folder filled by `megatron-sgopd teacher-rollouts`; a prompt that it lacks gets none. Unset: the run makes
     them itself, and keeps them in RUN_DIR/teacher_bank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def check_recipe(recipe: Recipe) -> Inputs:
         ConfigError: the first that fails.
     """
     check_run_dir(recipe)
-    inputs = check_inputs(recipe, recipe.train.row_tokens)
+    inputs = check_inputs(recipe, recipe.train.row_tokens, recipe.train.seed)
     if _trained(Path(recipe.run_dir)):
         check_same_prompts(Path(recipe.run_dir), inputs)
     check_layout(recipe, inputs.student, inputs.teacher)
@@ -195,7 +196,7 @@ def remarks(recipe: Recipe) -> list[str]:
     said += [
         f"goes on with {different[name]}: the prompts are the same" for name in sorted(different.keys() & _SAME_PROMPTS)
     ]
-    said += [f"goes on with {different['train.steps']}"] * ("train.steps" in different)
+    said += [f"goes on with {change}" for name, change in different.items() if name == "train.steps"]
     if (warmup := warmup_steps(recipe.train)) < recipe.train.warmup_steps:
         said.append(
             f"train.warmup_steps={recipe.train.warmup_steps} is cut to {warmup}, since train.steps={recipe.train.steps}"
@@ -321,7 +322,8 @@ def _recipe_flags(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "weight-decay": (train.weight_decay, "train.weight_decay"),
         "adam-beta1": (train.adam_beta1, "train.adam_beta1"),
         "adam-beta2": (train.adam_beta2, "train.adam_beta2"),
-        "clip-grad": (train.clip_grad, "train.clip_grad"),
+        # With 0 Megatron would not take the norm, and a gradient that is no number would be saved.
+        "clip-grad": (train.clip_grad or math.inf, "train.clip_grad"),
         "seed": (train.seed, "train.seed"),
         "bf16": (train.precision == "bf16", "train.precision"),
         "fp16": (False, "train.precision"),

@@ -96,6 +96,7 @@ class Run:
             self.settings.rollout.temperature,
             self.settings.sgopd.logprob_chunk_tokens,
             self.teacher if self.method.estimator == "full" else None,
+            self.settings.teacher_rollouts.temperature,
         )
         return batch, policy
 
@@ -268,7 +269,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     run_dir = run_folder(settings)
     heartbeat = Heartbeat(run_dir, dist.get_rank(), settings.alarms)
     stop_request.heartbeat, clock = heartbeat, Clock(heartbeat)
-    inputs = check_inputs(settings, args.seq_length)
+    inputs = check_inputs(settings, args.seq_length, args.seed)
     _check_arguments(settings, args, model)
     check_context(args.context_parallel_size, args.seq_length, inputs.method)
     _check_engines(settings, inputs)
@@ -351,7 +352,13 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     )
     if inputs.bank is not None and not settings.logging.replay:
         run.teacher_rollouts = TeacherRollouts(
-            settings, inputs.bank, verification, lambda: _teacher_engine(settings, args), run.prompts_of, monitor.note
+            settings,
+            inputs.bank,
+            verification,
+            lambda: _teacher_engine(settings, args),
+            run.prompts_of,
+            monitor.note,
+            args.seed,
         )
     last = monitor.last_metrics(
         ["skipped_steps", "noise_floor", "logprob_gap_p95"]
@@ -436,6 +443,16 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
             "--async-save is not possible on this platform: the process in which Megatron saves takes a GPU",
         ),
         (
+            args.clip_grad == 0,
+            "--clip-grad 0 must be inf: with 0 Megatron does not take the gradient's norm, and one that is no number "
+            "would be saved",
+        ),
+        (
+            bool(args.num_experts) and _balances_experts(args),
+            "--moe-aux-loss-coeff and --moe-z-loss-coeff must be 0, or left out: Megatron divides these losses by all "
+            "tokens of the rows, and the others by those of the responses",
+        ),
+        (
             not args.calculate_per_token_loss,
             "--calculate-per-token-loss is needed: the loss is a mean over tokens",
         ),
@@ -455,3 +472,9 @@ def _check_arguments(settings: Settings, args: Any, model: Any) -> None:
         current().check_fp8(args.fp8_recipe)
         sequence = args.tensor_model_parallel_size if args.sequence_parallel else 1
         check_tokens("--fp8-format", args.seq_length, args.context_parallel_size * sequence, args.fp8_recipe)
+
+
+def _balances_experts(args: Any) -> bool:
+    """Megatron adds a loss of its own to the routers' gradients."""
+    coefficients = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, list) else [args.moe_aux_loss_coeff]
+    return any(coefficients) or bool(args.moe_z_loss_coeff)

@@ -174,7 +174,8 @@ def signals(run: Run, batch: Batch) -> tuple[TokenSignals, torch.Tensor, torch.T
     assert batch.trajectories is not None and batch.rows is not None
     assert batch.outcomes_N is not None and batch.trained_N is not None
     rows, groups_N = batch.rows, group_ids(batch)
-    advantage_N = outcome_advantage(batch.outcomes_N, groups_N, run.method.outcome)
+    judged_N = judged_responses(run, batch)
+    advantage_N = outcome_advantage(batch.outcomes_N, groups_N, run.method.outcome, counted_N=judged_N)
     teacher_T = rows.trajectory_T >= len(batch.trajectories)
     nothing_M = torch.zeros(len(batch.taught.trajectories))
     mask_T = torch.cat([batch.trained_N, nothing_M.bool()])[rows.trajectory_T]
@@ -201,15 +202,22 @@ def group_ids(batch: Batch) -> torch.Tensor:
     return torch.tensor([index[t.prompt.id] for t in batch.trajectories], dtype=torch.int64)
 
 
+def judged_responses(run: Run, batch: Batch) -> torch.Tensor:
+    """bool [N]: those of the student's trajectories whose outcome says something: not of what was cut off, if that is
+    to be skipped."""
+    assert batch.trajectories is not None
+    skips = run.settings.verify.truncated == "skip"
+    return torch.tensor([not (skips and t.truncated) for t in batch.trajectories], dtype=torch.bool)
+
+
 def trained_responses(run: Run, batch: Batch) -> torch.Tensor:
     """bool [N]: those of the student's trajectories that settings do not leave out."""
     assert batch.trajectories is not None and batch.outcomes_N is not None
     filters, trajectories = run.settings.filters, batch.trajectories
-    keep_N = torch.ones(len(trajectories), dtype=torch.bool)
-    if run.settings.verify.truncated == "skip":
-        keep_N &= ~torch.tensor([t.truncated for t in trajectories], dtype=torch.bool)
+    judged_N = judged_responses(run, batch)
+    keep_N = judged_N.clone()
     if run.method.uniform_groups == "skip":
-        keep_N &= ~uniform_groups(batch.outcomes_N, group_ids(batch))
+        keep_N[judged_N] &= ~uniform_groups(batch.outcomes_N[judged_N], group_ids(batch)[judged_N])
     if (longest := filters.max_response_tokens) is not None:
         keep_N &= torch.tensor([len(t.token_ids) <= longest for t in trajectories], dtype=torch.bool)
     if (limit := filters.max_repetition) is not None:

@@ -51,12 +51,14 @@ class PolicyStep:
         temperature: float,
         chunk_tokens: int,
         teacher: Scorer | None = None,
+        teacher_temperature: float = 1.0,
     ) -> None:
         """All tensors cover all response tokens of the step, in the order of the packed rows.
 
         Args:
             counted_T: bool, the tokens that the loss is a mean over.
             teacher: where the method's estimator is `full`; has scored these rows and keeps its hidden states.
+            teacher_temperature: at which the teacher's own rollouts were sampled.
         """
         self._student = student
         self.signals = signals
@@ -66,6 +68,7 @@ class PolicyStep:
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._teacher = teacher
+        self._teacher_temperature = teacher_temperature
         self._parts: list[Sums] = []
         self._student_logprobs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._grad_squares: list[torch.Tensor] = []
@@ -87,6 +90,7 @@ class PolicyStep:
             self._temperature,
             self._chunk_tokens,
             self._teacher,
+            self._teacher_temperature,
         )
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -121,6 +125,10 @@ class PolicyStep:
         signals = self.signals[context.index_T].to(hidden_TH.device)
         if signals.imitation_T is not None and groups.tp.rank() == 0:
             hidden_TH.register_hook(lambda grad_TH: self._collect_grad(grad_TH, signals))
+        if signals.imitation_T is not None and self._teacher_temperature != self._temperature:
+            # Logits are linear in the hidden states: so these tokens' are over the temperature they were sampled at.
+            ratio = self._temperature / self._teacher_temperature
+            hidden_TH = torch.where((signals.imitation_T > 0)[:, None], hidden_TH * ratio, hidden_TH)
         entropy_T, full_kl_T = None, None
         if self.method.estimator == "full":
             loss, logprobs_T, full_kl_T = self._full_loss(hidden_TH, head, context, signals)

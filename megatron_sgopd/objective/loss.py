@@ -2,9 +2,9 @@
 
     L_on = - sum_t w_t sg[A_t] s_t / N        A_t = delta_t + (kappa_t - 1) d_t + eta_t o_i + c (r_t - s_t)
 
-over the student's own tokens, c the weight of a KL to the reference (0 by default). sg[] stops the gradient, so
-d L_on / d s_t = - w_t A_t / N exactly. Tokens of the teacher's rollouts are only imitated: their constant is a weight
-(imitation.py). From a batch's second update on
+over the student's own tokens, c the weight of a KL to the reference (0 by default); |A_t| may have a bound. sg[] stops
+the gradient, so d L_on / d s_t = - w_t A_t / N exactly. Tokens of the teacher's rollouts are only imitated: their
+constant is a weight (imitation.py). From a batch's second update on
 
     w_t = min(exp(s_old - b_t), C) rho_t, or 0 where the ratio rho_t = exp(s_t - s_old) has left [1 - epsilon,
           1 + epsilon] on the side to which A_t pushes it
@@ -123,6 +123,8 @@ def token_update(student_logprobs_T: torch.Tensor, signals: TokenSignals, method
     update = TokenUpdate(delta_T, classes_T, kappa_T, advantage_T, weight_T, clipped_T)
     if method.objective is not None:
         update = dataclasses.replace(update, advantage_T=kept(_own_advantage(method.objective, update, signals)))
+    if (bound := method.advantage_clip) is not None:
+        update = dataclasses.replace(update, advantage_T=update.advantage_T.clamp(-bound, bound))
     return update if signals.old_logprobs_T is None else _with_ratio(update, kept(s_T - old_T), method.ratio_clip)
 
 

@@ -55,6 +55,8 @@ class Method:
     """tau is not the setting's but what a run measures (see `Run`)."""
     importance_clip: float | None = None
     """C: w_t = min(exp(s_t - b_t), C); None: w_t = 1."""
+    advantage_clip: float | None = None
+    """Bound on |A_t|."""
     reference_kl_coef: float = 0.0
     """Weight of r_t - s_t in A_t: the sampled-token estimate of the reverse KL to the initial student."""
     ratio_clip: float = 0.2
@@ -131,6 +133,11 @@ def method_from_settings(name: str, **overrides: Any) -> Method:
     clip = method.importance_clip
     if clip is not None and not 0 < clip < math.inf:
         raise ConfigError(f"sgopd.importance_clip is {clip}: give a finite number above 0, or leave it out")
+    if method.advantage_clip is not None and method.estimator == "full":
+        raise ConfigError(
+            "sgopd.advantage_clip bounds what the sampled token weighs, and sgopd.estimator=full reads the whole "
+            "vocabulary: leave one of them out"
+        )
     if method.estimator == "full" and (
         method.reference == "initial" or method.trajectory_gate or method.objective is not None or not method.teacher
     ):

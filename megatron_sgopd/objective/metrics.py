@@ -61,6 +61,8 @@ def metric_sums(
         sums["teacher_loss"] = -student_logprobs_T[imitated_T].double().sum()
     if signals.old_logprobs_T is not None:
         sums["ratio_clipped"] = update.clipped_T[mask_T].double().sum()
+    if method.advantage_clip is not None:
+        sums["advantage_clipped"] = (advantage_T.abs() >= method.advantage_clip).double().sum()
     if method.importance_clip is not None:
         sums["importance_clipped"] = (s_T - b_T > math.log(method.importance_clip)).double().sum()
     if method.teacher:

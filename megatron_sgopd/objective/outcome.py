@@ -12,6 +12,7 @@ def outcome_advantage(
     group_ids_N: torch.Tensor,
     mode: Outcome,
     eps: float = 1e-6,
+    counted_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """o_i for each of N responses.
 
@@ -22,7 +23,12 @@ def outcome_advantage(
     Args:
         outcomes_N: R_i in {0, 1}, floating point.
         group_ids_N: int64, any numbers; groups may have different sizes and any order.
+        counted_N: bool, responses with an outcome; the others have no part in their group's mean and get 0. None: all.
     """
+    if counted_N is not None:
+        advantage_N = torch.zeros_like(outcomes_N)
+        advantage_N[counted_N] = outcome_advantage(outcomes_N[counted_N], group_ids_N[counted_N], mode, eps)
+        return advantage_N
     if mode == "none":
         return torch.zeros_like(outcomes_N)
     if mode == "pm1":

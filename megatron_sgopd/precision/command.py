@@ -48,7 +48,8 @@ def _noise_floor(arguments: argparse.Namespace) -> int:
     if arguments.prompts < 1:
         raise ConfigError(f"--prompts is {arguments.prompts}: give at least 1")
     recipe = load_recipe(arguments.recipe, arguments.set)
-    inputs = check_inputs(recipe, recipe.train.row_tokens)
+    recipe = replace(recipe, sgopd=replace(recipe.sgopd, noise_floor=0.0))  # the recipe's is what is to be found
+    inputs = check_inputs(recipe, recipe.train.row_tokens, recipe.train.seed)
     prompts = [inputs.train[i] for i in range(min(arguments.prompts, len(inputs.train)))]
     responses = _sampled(recipe, inputs, prompts, arguments)
     report = measure(recipe, responses)

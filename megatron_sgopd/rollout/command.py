@@ -55,10 +55,11 @@ def _teacher_rollouts(arguments: argparse.Namespace) -> int:
         raise ConfigError("teacher_rollouts.end_step is 0, so that no step needs any: set it, or give --all")
     # The bank is what is made here, so it is not checked as an input.
     unbanked = replace(recipe, teacher_rollouts=replace(recipe.teacher_rollouts, weight=0.0))
-    inputs = check_inputs(unbanked, recipe.train.row_tokens)
+    inputs = check_inputs(unbanked, recipe.train.row_tokens, recipe.train.seed)
     check_teacher_memory(recipe, inputs.teacher)
     mine = _wanted(recipe, inputs.train, arguments.all)[index - 1 :: shards]
-    worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens)
+    banked = replace(recipe, teacher_rollouts=replace(recipe.teacher_rollouts, bank=str(folder)))
+    worker = teacher_worker(banked, inputs.tokenizer, recipe.train.row_tokens, recipe.train.seed)
     name = f"shards_{shards}-{index}"
     fill([Work(Path(folder), worker.identity(inputs.train), mine)], name, worker, Path(folder, f"{name}.log"))
     return 0

@@ -39,9 +39,12 @@ def bank_folder(settings: Settings) -> Path:
     return Path(settings.teacher_rollouts.bank or Path(settings.run_dir) / OWN_BANK)
 
 
-def teacher_sampling(settings: TeacherRolloutSettings) -> Sampling:
-    """How the teacher answers."""
-    return Sampling(settings.samples, settings.temperature, settings.seed, TEACHER_STEP)
+def teacher_sampling(settings: TeacherRolloutSettings, run_seed: int) -> Sampling:
+    """How the teacher answers: otherwise in every run, but for the runs that share a bank."""
+    seed = settings.seed
+    if seed is None:
+        seed = run_seed if settings.bank is None else 0
+    return Sampling(settings.samples, settings.temperature, seed, TEACHER_STEP)
 
 
 def teacher_engine(settings: Settings) -> RolloutSettings:
@@ -51,12 +54,12 @@ def teacher_engine(settings: Settings) -> RolloutSettings:
     return dataclasses.replace(settings.rollout, tensor_parallel=tensor, memory_fraction=own.memory_fraction)
 
 
-def teacher_worker(settings: Settings, tokenizer: Any, row_tokens: int) -> Worker:
+def teacher_worker(settings: Settings, tokenizer: Any, row_tokens: int, run_seed: int) -> Worker:
     """The teacher, answering as the settings say."""
     return Worker(
         settings.teacher.path,
         tokenizer,
-        teacher_sampling(settings.teacher_rollouts),
+        teacher_sampling(settings.teacher_rollouts, run_seed),
         teacher_engine(settings),
         settings.verify,
         row_tokens,
@@ -93,6 +96,7 @@ class TeacherRollouts:
         engine: Callable[[], RolloutEngine],
         prompts_of: Callable[[int], list[Prompt]],
         note: Callable[[str], None],
+        run_seed: int,
     ) -> None:
         """Nothing is built before it is needed.
 
@@ -104,7 +108,7 @@ class TeacherRollouts:
         self._settings, self._group_size = settings.teacher_rollouts, settings.rollout.group_size
         self._schedule = schedule_of(settings.teacher_rollouts)
         self._identity, self._verification = identity, verification
-        self._sampling = teacher_sampling(settings.teacher_rollouts)
+        self._sampling = teacher_sampling(settings.teacher_rollouts, run_seed)
         self._build_engine, self._prompts_of, self._note = engine, prompts_of, note
         self._folder = bank_folder(settings)
         self._bank = RolloutBank(self._folder)

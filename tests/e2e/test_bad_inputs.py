@@ -53,8 +53,8 @@ def other_tokenizer(folder: Path) -> Path:
 def bank(folder: Path, **other: object) -> Path:
     """A bank without rollouts of the example's teacher and prompts."""
     recipe = load_recipe(RECIPE)
-    inputs = check_inputs(recipe, recipe.train.row_tokens)
-    worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens)
+    inputs = check_inputs(recipe, recipe.train.row_tokens, recipe.train.seed)
+    worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens, recipe.train.seed)
     identity = dataclasses.replace(worker.identity(inputs.train), **other)
     with writing(folder, identity, "train-0"):
         return folder

@@ -11,12 +11,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_sgopd.objective.schedule import TeacherSchedule
 from megatron_sgopd.rollout.bank import RolloutBank, StoredRollout
 
 from ..commands import set_words
-from .conftest import ONE_RANK, RECIPE, REPOSITORY, Finished, start, succeed
+from .conftest import ONE_RANK, RECIPE, REPOSITORY, STUDENT, Finished, start, succeed
 from .test_run import wait_for_step
 
 STEPS, HOLD, END = 9, 3, 6
@@ -28,6 +30,7 @@ TAUGHT = ONE_RANK | {
     "teacher_rollouts.hold_steps": HOLD,
     "teacher_rollouts.end_step": END,
     "teacher_rollouts.samples": 2,
+    "teacher_rollouts.temperature": 0.7,
     "teacher_rollouts.ahead_steps": 2,
 }
 SCHEDULE = TeacherSchedule(0.5, HOLD, END)
@@ -58,6 +61,18 @@ def test_approved_rollouts_are_trained_on_until_the_schedule_ends(taught_run: Fi
             assert line["teacher_approval"] == pytest.approx(len(teachers) / 8)
         else:
             assert not teachers and line["teacher_loss"] is None and "hidden_grad_norm_teacher" not in line
+
+
+def test_their_cross_entropy_is_taken_at_the_temperature_that_they_were_sampled_at(taught_run: Finished) -> None:
+    batch, model = taught_run.recorded_text(0), AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+    total, tokens = 0.0, 0
+    for response in (t for t in batch["trajectories"] if t["from_teacher"]):
+        ids = torch.tensor([batch["prompts"][response["prompt"]]["token_ids"] + response["token_ids"]])
+        with torch.no_grad():
+            logprobs = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        total -= float(logprobs[-len(response["token_ids"]) :].double().sum())
+        tokens += len(response["token_ids"])
+    assert taught_run.metrics[0]["teacher_loss"] == pytest.approx(total / tokens, rel=1e-5)  # float32
 
 
 def test_the_bank_has_every_prompt_once_with_reasons(taught_run: Finished) -> None:

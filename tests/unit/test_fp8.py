@@ -110,11 +110,22 @@ def test_megatrons_own_default_is_never_left_to_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "clip"),
     [
-        ([], None),
-        (["fp8.rollouts=per_block"], 2.0),
+        (["platform=cpu"], None),
+        ([], 2.0),
+        (["platform=cuda"], 2.0),
+        (["platform=cuda", "sgopd.importance_clip=0"], None),
+        (["platform=cpu", "fp8.rollouts=per_block"], 2.0),
         (["fp8.rollouts=per_block", "sgopd.importance_clip=0"], None),
         (["fp8.rollouts=per_block", "sgopd.importance_clip=1.5"], 1.5),
     ],
 )
-def test_rollouts_in_fp8_turn_importance_weights_on(changes: list[str], clip: float | None) -> None:
-    assert method_of(recipe(*changes)).importance_clip == clip
+def test_an_engine_that_computes_otherwise_turns_importance_weights_on(changes: list[str], clip: float | None) -> None:
+    assert method_of(recipe("sgopd.noise_floor=0", *changes)).importance_clip == clip
+
+
+@pytest.mark.parametrize("setting", ["fp8.rollouts=per_block", "fp8.teacher=blockwise"])
+def test_a_noise_floor_is_not_measured_by_another_noise(setting: str) -> None:
+    assert method_of(recipe("sgopd.noise_floor=auto", "fp8.format=hybrid")).measured_noise_floor
+    name = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"noise_floor=auto reads \|s - b\|, which with {name}=.*noise-floor RECIPE"):
+        method_of(recipe("sgopd.noise_floor=auto", setting))

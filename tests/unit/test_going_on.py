@@ -19,6 +19,7 @@ RECIPE = REPOSITORY / "examples/arithmetic_cpu/recipe.yaml"
 
 def recipe(run_dir: Path, **changes: Any) -> Recipe:
     named = {"run_dir": run_dir, "train.schedule": "constant", "train.warmup_steps": 4, "train.steps": 20}
+    named |= {"rollout.prompts_per_step": 4, "data.train.size": 100, "data.heldout.size": 5}
     named |= {name.replace("__", "."): value for name, value in changes.items()}
     return load_recipe(RECIPE, [f"{name}={value}" for name, value in named.items()])
 
@@ -58,9 +59,9 @@ def test_not_where_the_steps_that_are_done_would_have_been_others(
 
 
 def test_a_warm_up_is_shorter_than_the_run_and_its_first_step_has_a_learning_rate(tmp_path: Path) -> None:
-    quick = recipe(tmp_path, train__steps=1, data__train__size=100, data__heldout__size=5, train__learning_rate=3e-4)
+    quick = recipe(tmp_path, train__steps=1, train__learning_rate=3e-4)
     assert remarks(quick) == ["train.warmup_steps=4 is cut to 0, since train.steps=1"]
-    inputs = check_inputs(quick, quick.train.row_tokens)
+    inputs = check_inputs(quick, quick.train.row_tokens, quick.train.seed)
     assert {"--lr-warmup-iters=0", "--lr-warmup-init=0.0003"} <= set(megatron_arguments(quick, inputs))
     whole = recipe(tmp_path, train__learning_rate=3e-4)
     assert {"--lr-warmup-iters=4", "--lr-warmup-init=5.9999999999999995e-05"} <= set(megatron_arguments(whole, inputs))

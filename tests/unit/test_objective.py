@@ -206,6 +206,26 @@ def test_importance_weights_are_ratios_cut_at_c() -> None:
     assert torch.equal(token_update(s_T, signals, method).weight_T, ratio_T.clamp(max=1.5))
 
 
+def test_a_bound_on_the_advantage_and_how_many_reach_it() -> None:
+    method = method_from_settings("sgopd_additive", advantage_clip=0.5)
+    s_T, signals, outcomes_N = batch(10, method)
+    free_T = token_update(s_T, signals, METHODS["sgopd_additive"]).advantage_T
+    update = token_update(s_T, signals, method)
+    assert torch.equal(update.advantage_T, free_T.clamp(-0.5, 0.5))
+    sums = metric_sums(s_T, signals, update, outcomes_N[TRAJECTORY_T], None, method)
+    reached = float((free_T.abs() >= 0.5).double().mean())
+    assert 0 < reached < 1 and metrics_from_sums(sums)["advantage_clipped"] == pytest.approx(reached, rel=1e-14)
+
+
+def test_what_has_no_outcome_is_out_of_its_groups_mean() -> None:
+    outcomes_N = torch.tensor([1, 0, 0, 0, 1, 0], dtype=torch.float64)
+    groups_N = torch.tensor([7, 7, 7, 7, 3, 3])
+    counted_N = torch.tensor([True, True, False, False, True, False])
+    centered_N = outcome_advantage(outcomes_N, groups_N, "group_centered", counted_N=counted_N)
+    assert centered_N.tolist() == [0.5, -0.5, 0, 0, 0, 0]
+    assert outcome_advantage(outcomes_N, groups_N, "pm1", counted_N=counted_N).tolist() == [1, -1, 0, 0, 1, 0]
+
+
 def test_outcome_advantages() -> None:
     outcomes_N = torch.tensor([1, 0, 0, 0, 1, 1, 1, 1], dtype=torch.float64)
     groups_N = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3])
@@ -308,6 +328,7 @@ def test_no_tokens_at_all(name: str) -> None:
         ("sgopd", {"noise_floor": -0.1}, "sgopd.noise_floor is -0.1"),
         ("rgopd", {"trajectory_margin": -2.0}, "sgopd.trajectory_margin is -2.0"),
         ("sgopd", {"importance_clip": 0.0}, "sgopd.importance_clip is 0.0"),
+        ("opd", {"advantage_clip": 1.0, "estimator": "full"}, "leave one of them out"),
         ("sgopd", {"importance_clip": math.inf}, "sgopd.importance_clip is inf"),
         ("sgopd", {"outcome": "none"}, "set sgopd.outcome to pm1"),
         ("rgopd", {"outcome": "none"}, "set sgopd.outcome to pm1"),

@@ -33,8 +33,8 @@ def main() -> int:
     samples = 8
     overrides = [f"data.train.size={arguments.rollouts // samples}", f"teacher_rollouts.samples={samples}"]
     recipe = load_recipe(RECIPE, overrides)
-    inputs = check_inputs(recipe, recipe.train.row_tokens)
-    worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens)
+    inputs = check_inputs(recipe, recipe.train.row_tokens, recipe.train.seed)
+    worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens, recipe.train.seed)
     prompts = list(inputs.train)
     with tempfile.TemporaryDirectory() as folder, libraries_write_to(Path(folder) / "log"):
         select(recipe.platform)
