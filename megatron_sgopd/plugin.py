@@ -183,12 +183,14 @@ class _Loop:
             )
 
         with run.phase("train"):
+            results = []
             for left in reversed(range(count)):
-                result = update(last=left == 0)
+                results.append(update(last=left == 0))
                 if left:
                     updates.append(policy.next_update())
-        run.after_training(batch, updates, grad_norm=result[5], last=iteration + 1 == args.train_iters)
-        return result
+        norms = [float(result[5]) for result in results]
+        run.after_training(batch, updates, norms, args.clip_grad, last=iteration + 1 == args.train_iters)
+        return results[-1]
 
     def _save_what_is_done(self, iteration: int, model: Any, optimizer: Any, opt_param_scheduler: Any) -> None:
         """Save the state after `iteration` steps, unless that was done at the end of the last one."""

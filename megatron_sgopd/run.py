@@ -100,12 +100,15 @@ class Run:
         )
         return batch, policy
 
-    def after_training(self, batch: Batch, updates: Sequence[PolicyStep], grad_norm: float | None, last: bool) -> None:
+    def after_training(
+        self, batch: Batch, updates: Sequence[PolicyStep], grad_norms: Sequence[float], clip_grad: float, last: bool
+    ) -> None:
         """Records, alarms and evaluations of the step that was just trained.
 
         Args:
             updates: the optimizer steps on this batch, of which the first one's statistics are the step's.
-            grad_norm: before clipping; None where Megatron was told not to clip and so did not take it.
+            grad_norms: of each of them, before clipping.
+            clip_grad: where they were clipped.
         """
         done = batch.step + 1
         with self.clock("record"):
@@ -119,8 +122,8 @@ class Run:
                 "reference_forwards": self.reference.forwards if self.reference else 0,
                 "weight_version": self.engine.weight_version if self.engine else 0,
             }
-            if grad_norm is not None:
-                metrics["grad_norm"] = float(grad_norm)
+            metrics["grad_norm"] = next((norm for norm in grad_norms if not math.isfinite(norm)), grad_norms[0])
+            metrics["grad_clipped"] = sum(norm > clip_grad for norm in grad_norms) / len(grad_norms)
             self._count_skipped(batch.step, policy.trains)
             metrics["skipped_steps"] = self.skipped_steps
             check_metrics(self.settings.alarms, batch.step, metrics)

@@ -28,6 +28,9 @@ from megatron_sgopd.monitor.lines import (
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SAMPLES, SUMMARY, console
 from megatron_sgopd.rollout.trajectory import from_first_rank
 
+_OFTEN_CLIPPED = 0.5
+"""Share of the updates from which on a person is told."""
+
 
 class Monitor:
     """Rank 0 writes files and progress; Megatron's TensorBoard and W&B writers live on the last rank."""
@@ -108,9 +111,9 @@ class Monitor:
         if not self._writes:
             return
         stages: dict[str, float] = {}
-        steps, total = 0, 0.0
+        steps, total, clipped = 0, 0.0, 0.0
         for line in read_json_lines(self._folder / METRICS):
-            steps, total = steps + 1, total + line["seconds"]
+            steps, total, clipped = steps + 1, total + line["seconds"], clipped + line["grad_clipped"]
             for stage, seconds in line["stage_seconds"].items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
         rates = {line["name"]: line["pass_rate"] for line in read_json_lines(self._folder / EVALUATIONS)}
@@ -120,9 +123,15 @@ class Monitor:
             "seconds": total,
             "stage_seconds": stages,
             "unexplained_share": 1 - sum(stages.values()) / total,
+            "grad_clipped": clipped / steps,
         }
         write_atomically(self._folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         self._console.print(_table(summary))
+        if clipped > _OFTEN_CLIPPED * steps:
+            self._console.print(
+                f"the gradient was clipped in {clipped / steps:.0%} of all updates: there, train.clip_grad and the "
+                "learning rate set an update's size, whatever the gradient's norm"
+            )
 
     def last_metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Those of the last step before this attempt, on every rank; without those that it did not have."""

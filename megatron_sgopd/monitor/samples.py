@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_sgopd.objective.gate import AGREE, CONFLICT, NEUTRAL
+from megatron_sgopd.objective.gate import AGREE, CONFLICT, NEUTRAL, UNDECIDED, reported
 from megatron_sgopd.objective.loss import TokenSignals, token_update
 from megatron_sgopd.objective.methods import Method
 from megatron_sgopd.rollout.trajectory import Trajectory
@@ -16,7 +16,7 @@ from megatron_sgopd.verify.base import VerifierResult
 if TYPE_CHECKING:
     from megatron_sgopd.step import Batch
 
-GATE_LETTERS = {AGREE: "a", CONFLICT: "c", NEUTRAL: "n"}
+GATE_LETTERS = {AGREE: "a", CONFLICT: "c", NEUTRAL: "n", UNDECIDED: "u"}
 _DIGITS = 4
 _LONGEST_CHARACTER = 4
 """Bytes of UTF-8, and so at most that many tokens."""
@@ -40,12 +40,13 @@ def sample_lines(
         For each response its step (from 1 on), texts and outcome, `outcome_advantage` (o_i), whether it was `trained`
         on, and under `tokens` one entry for each token: `text`, where one that completes no character has none;
         log-probs in nats of `student` (s), `teacher` (q), `reference` (r) and `behaviour` (b), None where there are
-        none; `rank` under the teacher; `delta`, `advantage` (A) and `gate`, a string of a, c and n, all None where the
-        response was left out of training. An empty response has no `outcome_advantage`.
+        none; `rank` under the teacher; `delta`, `advantage` (A) and `gate`, a string of a, c, n and u, all None where
+        the response was left out of training. An empty response has no `outcome_advantage`.
     """
     assert batch.rows is not None and batch.trajectories is not None
     order_T = batch.rows.trajectory_order()
     update = token_update(student_logprobs_T, signals, method)
+    classes_T = reported(update.classes_T, signals.outcome_advantage_T)
     numbers = {
         "student": student_logprobs_T,
         "teacher": batch.teacher_logprobs_T,
@@ -65,7 +66,7 @@ def sample_lines(
         index_L = order_T[first : first + len(trajectory.token_ids)]
         tokens: dict[str, Any] = {"text": token_texts(tokenizer, trajectory.token_ids)}
         tokens |= {name: None if value is None else _numbers(value[index_L]) for name, value in numbers.items()}
-        tokens["gate"] = "".join(GATE_LETTERS[int(c)] for c in update.classes_T[index_L].tolist())
+        tokens["gate"] = "".join(GATE_LETTERS[int(c)] for c in classes_T[index_L].tolist())
         trained = bool(signals.mask_T[index_L].any())
         if not trained:  # the objective did nothing to them
             tokens |= dict.fromkeys(("delta", "advantage", "gate"))

@@ -7,6 +7,8 @@ import torch
 from megatron_sgopd.objective.methods import Method
 
 CONFLICT, NEUTRAL, AGREE = 0, 1, 2
+UNDECIDED = 3
+"""A class of reports alone, see `reported`."""
 
 
 def gate(delta_T: torch.Tensor, outcome_advantage_T: torch.Tensor, noise_floor: float) -> torch.Tensor:
@@ -23,6 +25,14 @@ def gate(delta_T: torch.Tensor, outcome_advantage_T: torch.Tensor, noise_floor: 
     same_sign_T = torch.sign(delta_T) * torch.sign(outcome_advantage_T) > 0
     classes_T = torch.where(same_sign_T, AGREE, CONFLICT)
     return torch.where(delta_T.abs() <= noise_floor, NEUTRAL, classes_T)
+
+
+def reported(classes_T: torch.Tensor, outcome_advantage_T: torch.Tensor) -> torch.Tensor:
+    """The classes as they are counted: UNDECIDED where they are CONFLICT only because o = 0, as in a group of one outcome.
+
+    So CONFLICT is here what it is in published shares: two signs that differ. The objective treats both alike.
+    """
+    return torch.where((classes_T == CONFLICT) & (outcome_advantage_T == 0), UNDECIDED, classes_T)
 
 
 def kappa(classes_T: torch.Tensor, method: Method, like: torch.Tensor) -> torch.Tensor:

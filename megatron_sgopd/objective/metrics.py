@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_sgopd.objective.gate import AGREE, CONFLICT, NEUTRAL
+from megatron_sgopd.objective.gate import AGREE, CONFLICT, NEUTRAL, UNDECIDED, reported
 from megatron_sgopd.objective.loss import TokenSignals, TokenUpdate
 from megatron_sgopd.objective.methods import Method
 
 Sums = dict[str, torch.Tensor]
 
-_CLASS_NAMES = {AGREE: "agree", NEUTRAL: "neutral", CONFLICT: "conflict"}
-_TOTALS = ("tokens", "teacher_tokens", "logprob_gap_max")
+_CLASS_NAMES = {AGREE: "agree", NEUTRAL: "neutral", CONFLICT: "conflict", UNDECIDED: "undecided"}
+_TOTALS = ("tokens", "acting_tokens", "teacher_tokens", "logprob_gap_max")
+_SHARE_OF = {"teacher_loss": "teacher_tokens", "ratio_clipped": "acting_tokens"}
+"""Means over other tokens than all."""
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Bin edges of |A_t|: 40 a decade, so that a quantile is right within 3 %; below 1e-4 counts as 0.
 _EDGES = torch.logspace(-4, 3, 281, dtype=torch.float64)
@@ -35,15 +37,17 @@ def metric_sums(
     """
     mask_T = signals.mask_T
     s_T, b_T = student_logprobs_T[mask_T].double(), signals.behaviour_logprobs_T[mask_T].double()
-    classes_T, right_T = update.classes_T[mask_T], outcomes_T[mask_T] > 0.5
+    classes_T = reported(update.classes_T, signals.outcome_advantage_T)[mask_T]
+    places_T = classes_T * 2 + (outcomes_T[mask_T] > 0.5)
     delta_T, advantage_T = update.delta_T[mask_T].double(), update.advantage_T[mask_T].double()
     weight_T, gap_T = update.weight_T[mask_T].double(), (s_T - b_T).abs()
 
     sums = {
         "tokens": mask_T.sum().double(),
         # [class, wrong or right]
-        "class_counts": torch.bincount(classes_T * 2 + right_T, minlength=6).double().view(3, 2),
-        "class_abs_delta": s_T.new_zeros(3).index_add_(0, classes_T, delta_T.abs()),
+        "class_counts": torch.bincount(places_T, minlength=8).double().view(4, 2),
+        "class_abs_delta": s_T.new_zeros(8).index_add_(0, places_T, delta_T.abs()).view(4, 2),
+        "acting_tokens": (advantage_T != 0).double().sum(),
         "kappa": update.kappa_T[mask_T].double().sum(),
         "loss": -(weight_T * advantage_T * s_T).sum(),
         "advantage": advantage_T.sum(),
@@ -60,7 +64,7 @@ def metric_sums(
         sums["teacher_tokens"] = imitated_T.sum().double()
         sums["teacher_loss"] = -student_logprobs_T[imitated_T].double().sum()
     if signals.old_logprobs_T is not None:
-        sums["ratio_clipped"] = update.clipped_T[mask_T].double().sum()
+        sums["ratio_clipped"] = (update.clipped_T[mask_T] & (advantage_T != 0)).double().sum()
     if method.advantage_clip is not None:
         sums["advantage_clipped"] = (advantage_T.abs() >= method.advantage_clip).double().sum()
     if method.importance_clip is not None:
@@ -87,16 +91,18 @@ def add_sums(parts: Sequence[Sums]) -> Sums:
 
 def metrics_from_sums(sums: Sums) -> dict[str, float]:
     """Means, fractions and quantiles; NaN where there is nothing to take the mean of."""
-    counts = sums["class_counts"]
+    counts, deltas = sums["class_counts"], sums["class_abs_delta"]
     metrics = {name: float(sums[name]) for name in _TOTALS}
     for name, total in sums.items():
         if total.dim() == 0 and name not in _TOTALS:
-            metrics[name] = _ratio(total, sums["teacher_tokens" if name == "teacher_loss" else "tokens"])
+            metrics[name] = _ratio(total, sums[_SHARE_OF.get(name, "tokens")])
     for index, name in _CLASS_NAMES.items():
-        metrics[name] = _ratio(counts[index].sum(), counts.sum())
-        metrics[f"{name}_wrong"] = _ratio(counts[index, 0], counts[:, 0].sum())
-        metrics[f"{name}_right"] = _ratio(counts[index, 1], counts[:, 1].sum())
-        metrics[f"abs_delta_{name}"] = _ratio(sums["class_abs_delta"][index], counts[index].sum())
+        # Most deltas are tiny, and positive: by count, a right response looks agreed on whatever the large ones say.
+        for matrix, suffix in ((counts, ""), (deltas, "_by_delta")):
+            metrics[f"{name}{suffix}"] = _ratio(matrix[index].sum(), matrix.sum())
+            metrics[f"{name}_wrong{suffix}"] = _ratio(matrix[index, 0], matrix[:, 0].sum())
+            metrics[f"{name}_right{suffix}"] = _ratio(matrix[index, 1], matrix[:, 1].sum())
+        metrics[f"abs_delta_{name}"] = _ratio(deltas[index].sum(), counts[index].sum())
     for name in ("advantage", "logprob_gap"):
         for q, value in zip(_QUANTILES, _quantiles(sums[f"{name}_histogram"]), strict=True):
             metrics[f"{name}_p{round(100 * q):02d}"] = value

@@ -150,7 +150,7 @@ def test_the_viewer_shows_the_numbers_of_a_response(browser: Browser, page: str,
     tokens = first["tokens"]
     shown = browser.at("tokens").find_elements(By.CLASS_NAME, "token")
     assert [token.text for token in shown] == tokens["text"]
-    classes = {"agree": "a", "conflict": "c", "neutral": "n"}
+    classes = {"agree": "a", "conflict": "c", "neutral": "n", "undecided": "u"}
     assert "".join(classes[token.get_attribute("class").split()[1]] for token in shown) == tokens["gate"]
 
     browser.at("tokens").send_keys(Keys.END, Keys.ARROW_LEFT)

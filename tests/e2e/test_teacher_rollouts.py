@@ -163,7 +163,7 @@ def test_recorded_batches_hold_the_teachers_part(taught_run: Finished, tmp_path:
 
 # ---- Ahead of training ------------------------------------------------------------------------------------
 
-AHEAD = {"data.train.size": 400, "data.heldout": None, "rollout.cache_gib": 0.25}
+AHEAD = {"data.train.size": 400, "data.heldout": None, "rollout.cache_gib": 0.25, "teacher_rollouts.temperature": 0.7}
 SAMPLES = 16
 
 

@@ -259,13 +259,18 @@ def test_metrics_are_what_they_are_called() -> None:
     right_T = outcomes_N[TRAJECTORY_T] > 0
     metrics = metrics_from_sums(metric_sums(s_T, signals, update, outcomes_N[TRAJECTORY_T], -s_T, method))
     delta_T, gap_T = teacher_preference(s_T, signals), (s_T - signals.behaviour_logprobs_T).abs()
-    agree_T = update.classes_T == AGREE
-    assert signals.reference_logprobs_T is not None
+    agree_T, undecided_T = update.classes_T == AGREE, signals.outcome_advantage_T == 0
+    conflict_T = (update.classes_T == CONFLICT) & ~undecided_T
+    assert undecided_T.any() and conflict_T.any() and signals.reference_logprobs_T is not None
     expected: dict[str, Any] = {
         "tokens": TOKENS,
         "agree": agree_T.double().mean(),
         "agree_right": agree_T[right_T].double().mean(),
-        "conflict_wrong": (update.classes_T == CONFLICT)[~right_T].double().mean(),
+        "conflict_wrong": conflict_T[~right_T].double().mean(),
+        "undecided": undecided_T.double().mean(),
+        "undecided_right": undecided_T[right_T].double().mean(),
+        "undecided_wrong": undecided_T[~right_T].double().mean(),
+        "acting_tokens": (update.advantage_T != 0).sum(),
         "neutral": 0.0,
         "abs_delta_agree": delta_T[agree_T].abs().mean(),
         "kappa": update.kappa_T.mean(),
@@ -276,10 +281,11 @@ def test_metrics_are_what_they_are_called() -> None:
         "logprob_gap": gap_T.mean(),
         "logprob_gap_max": gap_T.max(),
         "sign_flips": (delta_T.abs() < gap_T).double().mean(),
-        "abs_delta_conflict": delta_T[update.classes_T == CONFLICT].abs().mean(),
+        "abs_delta_conflict": delta_T[conflict_T].abs().mean(),
+        "abs_delta_undecided": delta_T[undecided_T].abs().mean(),
         "agree_wrong": agree_T[~right_T].double().mean(),
-        "conflict": (update.classes_T == CONFLICT).double().mean(),
-        "conflict_right": (update.classes_T == CONFLICT)[right_T].double().mean(),
+        "conflict": conflict_T.double().mean(),
+        "conflict_right": conflict_T[right_T].double().mean(),
         "neutral_right": 0.0,
         "neutral_wrong": 0.0,
         "weight": update.weight_T.mean(),
@@ -287,6 +293,11 @@ def test_metrics_are_what_they_are_called() -> None:
         "loss": policy_loss(s_T, signals, method, TOKENS),
         "teacher_tokens": 0,
     }
+    for name, class_T in (("agree", agree_T), ("conflict", conflict_T), ("undecided", undecided_T)):
+        for suffix, these_T in (("", right_T | ~right_T), ("_right", right_T), ("_wrong", ~right_T)):
+            share = delta_T[class_T & these_T].abs().sum() / delta_T[these_T].abs().sum()
+            expected[f"{name}{suffix}_by_delta"] = share
+    expected |= dict.fromkeys(["neutral_by_delta", "neutral_right_by_delta", "neutral_wrong_by_delta"], 0.0)
     spread = {"advantage": update.advantage_T, "logprob_gap": gap_T}
     quantiles = {f"{name}_p{q:02d}": (name, q) for name in spread for q in (5, 25, 50, 75, 95)}
     assert metrics.keys() == expected.keys() | quantiles.keys() | {"abs_delta_neutral", "teacher_loss"}

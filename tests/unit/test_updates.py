@@ -65,6 +65,11 @@ def test_how_many_are_clipped_is_counted_from_the_second_update_on() -> None:
     update = token_update(s_T, later, method)
     counted = metrics_from_sums(metric_sums(s_T, later, update, outcomes_T, None, method))
     assert counted["ratio_clipped"] == pytest.approx(float(update.clipped_T.double().mean()), rel=1e-14)
+    half_T = torch.where(outcomes_T > 0, later.teacher_logprobs_T, s_T)  # the others' A_t is 0, and has no share
+    acting = changed(later, teacher_logprobs_T=half_T)
+    update = token_update(s_T, acting, method)
+    counted = metrics_from_sums(metric_sums(s_T, acting, update, outcomes_T, None, method))
+    assert counted["ratio_clipped"] == pytest.approx(float(update.clipped_T[outcomes_T > 0].double().mean()), rel=1e-14)
     first = metric_sums(s_T, signals, token_update(s_T, signals, method), outcomes_T, None, method)
     assert "ratio_clipped" not in first
 

@@ -4,21 +4,24 @@
 
 const POLL_SECONDS = 5;
 const PALETTE = ["#1f77d0", "#d9660a", "#2a9d5c", "#b04fb5", "#c9a227", "#17a2b8", "#e0457b", "#7a6f5d", "#5b5fc7", "#6b8e23"];
-const GATE = { a: "agree", c: "conflict", n: "neutral" };
+const GATE = { a: "agree", c: "conflict", n: "neutral", u: "undecided" };
 
 const AREA = { stackgroup: "one", line: { width: 0.5 } };
-const gateLines = (suffix) => ["agree", "neutral", "conflict"].map((name) => [name + suffix, name, { ...AREA, color: name }]);
+const CLASSES = ["agree", "neutral", "undecided", "conflict"];
+const gateLines = (suffix) => CLASSES.map((name) => [name + suffix, name, { ...AREA, color: name }]);
 // [title, what to see, [[series, name, style]…], layout]
 const DETAILS = [
   ["Gate, all tokens", "Share of response tokens where teacher and verifier agree or not, or the teacher is neutral. "
-    + "Conflict also where the verifier says nothing: in groups of one outcome, and by methods without an outcome.",
+    + "Undecided, and treated as conflict: the verifier says nothing, in groups of one outcome or by the method.",
     gateLines(""), { yaxis: { range: [0, 1], tickformat: ".0%" } }],
+  ["Gate by strength", "The same as shares of the sum of |delta|: most tokens have a tiny one.",
+    gateLines("_by_delta"), { yaxis: { range: [0, 1], tickformat: ".0%" } }],
   ["Gate, right responses", "Agree: the teacher wants the token up in a response that is right.",
     gateLines("_right"), { yaxis: { range: [0, 1], tickformat: ".0%" } }],
   ["Gate, wrong responses", "Agree: the teacher wants the token down in a response that is wrong.",
     gateLines("_wrong"), { yaxis: { range: [0, 1], tickformat: ".0%" } }],
   ["Strength of the teacher's preference", "Mean |delta| in nats, by the gate's verdict.",
-    ["agree", "conflict", "neutral"].map((name) => [`abs_delta_${name}`, name, { color: name }]), {}],
+    CLASSES.map((name) => [`abs_delta_${name}`, name, { color: name }]), {}],
   ["Teacher rollouts", "Weight by the schedule, share of the teacher's rollouts that were approved, prompts without any.",
     [["teacher_weight", "weight"], ["teacher_approval", "approval"], ["teacher_shortfall", "shortfall"]],
     { yaxis: { rangemode: "tozero" } }],
