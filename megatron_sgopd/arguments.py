@@ -18,6 +18,16 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prompt_text(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_chat_template` was given, by the names of the settings."""
+    return {
+        "chat_template": not arguments.no_chat_template,
+        "chat_template_arguments": arguments.chat_template_arguments,
+        "system_prompt": arguments.system_prompt,
+        "prompt_suffix": arguments.prompt_suffix,
+    }
+
+
 def add_chat_template(parser: argparse.ArgumentParser, of: str) -> None:
     """Add what says how prompts become text, where no recipe does.
 
@@ -25,6 +35,13 @@ def add_chat_template(parser: argparse.ArgumentParser, of: str) -> None:
         of: the prompts that are meant, for the help.
     """
     parser.add_argument("--no-chat-template", action="store_true", help=f"give the prompts of {of} as they are")
+    parser.add_argument("--system-prompt", metavar="TEXT", help=f"system message before the prompts of {of} (none)")
+    parser.add_argument(
+        "--prompt-suffix",
+        default="",
+        metavar="TEXT",
+        help=f"added to each prompt of {of}: how to answer, and in which form (nothing)",
+    )
     parser.add_argument(
         "--chat-template-arguments",
         type=_json_object,

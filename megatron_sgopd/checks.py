@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_sgopd.platform import gpu_memory
 from megatron_sgopd.platform.cuda import check_precision
 from megatron_sgopd.rollout.bank import IDENTITY, BankIdentity, RolloutBank, check_identity
 from megatron_sgopd.rollout.prompt_cache import load_prompts
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, check_not_empty
+from megatron_sgopd.rollout.prompts import PromptSet, check_not_empty
 from megatron_sgopd.rollout.teacher_rollouts import bank_folder, teacher_engine, teacher_worker
 from megatron_sgopd.rollout.tokenizer import load_tokenizer
 from megatron_sgopd.verify.base import resolve_verifier
@@ -37,14 +37,16 @@ class Inputs:
     tokenizer: Any
     method: Method
     train: PromptSet
-    heldout: Sequence[Prompt]
+    heldout: PromptSet | None
     bank: BankIdentity | None
     """Of the teacher's rollouts; None where none are wanted."""
+    remarks: tuple[str, ...]
+    """What a person should know, and may want."""
 
     @property
     def prompts_digest(self) -> str:
         """Of all prompts that the run is trained and evaluated on, wherever they come from."""
-        return " ".join(prompts.digest for prompts in (self.train, self.heldout) if isinstance(prompts, PromptSet))
+        return " ".join(prompts.digest for prompts in (self.train, self.heldout) if prompts is not None)
 
 
 def check_inputs(settings: Settings, row_tokens: int, seed: int) -> Inputs:
@@ -74,11 +76,11 @@ def check_inputs(settings: Settings, row_tokens: int, seed: int) -> Inputs:
             "it on GPUs, or take a model without experts"
         )
     _check_lengths(settings, student, teacher, row_tokens)
-    tokenizer = common_tokenizer(settings)
+    tokenizer, remarks = common_tokenizer(settings)
     _check_rows(tokenizer, student, teacher)
     train, *others = load_prompts([*data_sources(settings, row_tokens).values()], settings.model.path)
-    heldout: Sequence[Prompt] = others[0] if others else ()
-    train = train.without(heldout)
+    heldout = others[0] if others else None
+    train = train.without(heldout or ())
     check_not_empty(train, settings.data.train.source)
     if settings.verify.verifier == "task":
         check_task_scorers([train, *others])
@@ -89,7 +91,7 @@ def check_inputs(settings: Settings, row_tokens: int, seed: int) -> Inputs:
         )
     wanted = settings.teacher_rollouts.weight > 0
     bank = _check_teacher_rollouts(settings, tokenizer, train, row_tokens, seed) if wanted else None
-    return Inputs(student, teacher, tokenizer, method, train, heldout, bank)
+    return Inputs(student, teacher, tokenizer, method, train, heldout, bank, remarks)
 
 
 PROMPTS_DIGEST = "prompts.digest"
@@ -235,8 +237,9 @@ def _check_lengths(settings: Settings, student: Architecture, teacher: Architect
             )
 
 
-def common_tokenizer(settings: Settings) -> Any:
-    """The student's tokenizer, which must map the same text to the same ids as the teacher's.
+def common_tokenizer(settings: Settings) -> tuple[Any, tuple[str, ...]]:
+    """The student's tokenizer, which must map the same text to the same ids as the teacher's; and what is to be said of
+    the teacher's.
 
     Raises:
         ConfigError: it does not.
@@ -257,7 +260,12 @@ def common_tokenizer(settings: Settings) -> Any:
                 f"{name} is {getattr(student, name)} in {settings.model.path} but {getattr(teacher, name)} in "
                 f"{settings.teacher.path}: make tokenizer_config.json of both agree"
             )
-    return student
+    if settings.data.train.chat_template and student.chat_template != teacher.chat_template:
+        return student, (
+            f"the chat template of teacher.path={settings.teacher.path} is not that of the student, by which both read "
+            "prompts: `train RECIPE --dry-run` shows the first; a teacher that was trained with another form says less",
+        )
+    return student, ()
 
 
 def check_layout(recipe: Recipe, student: Architecture, teacher: Architecture) -> None:

@@ -136,7 +136,7 @@ def _train(arguments: argparse.Namespace) -> int:
     flags = megatron_arguments(recipe, inputs)
     if arguments.dry_run:
         print(resolved_text(recipe))
-        for said in remarks(recipe):
+        for said in (*remarks(recipe), *inputs.remarks):
             print(f"# {said}")
         first = inputs.train[0]
         print(f"# first prompt, {len(first.token_ids)} tokens, as the student reads it: {first.text!r}\n")

@@ -202,6 +202,10 @@ class PromptSettings:
     """Seed of the generated problems (reasoning-gym only)."""
     split: str = "train"
     """Split to read from a dataset folder that has several."""
+    system_prompt: str | None = None
+    """System message before each prompt that has none; needs a chat template."""
+    prompt_suffix: str = ""
+    """Added to each prompt, to the last message of a chat: how to answer, and in which form."""
     chat_template: bool = True
     """Put prompts through the tokenizer's chat template."""
     chat_template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
@@ -230,6 +234,12 @@ class EvaluateSettings:
     """Responses for each held-out prompt (avg@k)."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Sampling temperature of evaluations."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Evaluations sample of the most likely tokens that together have this share of the probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Evaluations sample of so many most likely tokens; 0: of all."""
+    stop: tuple[str, ...] = ()
+    """Texts after which a response of an evaluation is over, besides the end-of-sequence token."""
     teacher: bool = False
     """Evaluate the teacher too, before training (loads it into vLLM once)."""
 

@@ -22,6 +22,7 @@ from megatron_sgopd.cluster.plan import check_context, check_full_estimator
 from megatron_sgopd.config import Settings
 from megatron_sgopd.errors import ConfigError, Stopped
 from megatron_sgopd.evaluation.heldout import respond
+from megatron_sgopd.evaluation.protocol import protocol
 from megatron_sgopd.fp8 import check_tokens, prove_fp8
 from megatron_sgopd.models.microbatch import unwrapped
 from megatron_sgopd.models.policy import PolicyStep, Student
@@ -40,7 +41,7 @@ from megatron_sgopd.platform import current
 from megatron_sgopd.recipe import load_recipe, plan_here
 from megatron_sgopd.residency import Residency, Tenant
 from megatron_sgopd.rollout.engine import RolloutEngine
-from megatron_sgopd.rollout.prompts import Prompt, PromptSet, PromptStream
+from megatron_sgopd.rollout.prompts import Prompt, PromptStream
 from megatron_sgopd.rollout.recording import Recording
 from megatron_sgopd.rollout.teacher_rollouts import TeacherRollouts, teacher_engine
 from megatron_sgopd.step import Batch, batch_metrics, prepare, signals, sync
@@ -234,13 +235,13 @@ class Run:
 
     def evaluate(self, name: str, step: int) -> None:
         """Pass rate of the student as it is now, if there are held-out prompts and an engine."""
-        if self.engine is None or not self.inputs.heldout:
+        if self.engine is None or self.inputs.heldout is None:
             return
         sync(self)
         with self.clock("evaluate"), self.residency("generate"):
             settings = self.settings.evaluate
             responses = respond(self.engine, self.verification, self.inputs.heldout, settings, self.seed)
-        self.monitor.evaluation(name, step, responses)
+        self.monitor.evaluation(name, step, responses, protocol(self.settings, self.inputs.heldout))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -311,7 +312,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         check_full_estimator(inputs.student, inputs.teacher, *layouts, settings.teacher.offload)
     monitor = Monitor(settings, args.iteration, args.train_iters)
     verification = Verification(settings.verify, inputs.tokenizer, monitor.last_metrics(FAULT_METRICS), heartbeat.alive)
-    if settings.evaluate.teacher and inputs.heldout and args.iteration == 0 and not settings.logging.replay:
+    if settings.evaluate.teacher and inputs.heldout is not None and args.iteration == 0 and not settings.logging.replay:
         _evaluate_teacher(settings, args, inputs, verification, monitor)
     teacher = reference = engine = None
     if method.teacher:
@@ -369,8 +370,10 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
     run.skipped_steps = int(last.get("skipped_steps", 0))
     run._set_noise_floor(last.get("logprob_gap_p95", last.get("noise_floor", math.nan)))
     for name, prompts in (("data.train", inputs.train), ("data.heldout", inputs.heldout)):
-        if isinstance(prompts, PromptSet) and prompts.unusable:
+        if prompts is not None and prompts.unusable:
             monitor.note(f"{name}: {prompts.unusable} rows cannot be used and are left out: {prompts.problems[0]}")
+    for remark in inputs.remarks:
+        monitor.note(remark)
     if inputs.train.excluded:
         monitor.note(f"{inputs.train.excluded} training prompts left out: they are held-out ones")
     monitor.note(f"models and engine are ready after {clock.since_lap():.0f} s")
@@ -383,8 +386,10 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
 def _evaluate_teacher(
     settings: Settings, args: Any, inputs: Inputs, verification: Verification, monitor: Monitor
 ) -> None:
+    assert inputs.heldout is not None
     engine = _teacher_engine(settings, args)
-    monitor.evaluation("teacher", 0, respond(engine, verification, inputs.heldout, settings.evaluate, args.seed))
+    responses = respond(engine, verification, inputs.heldout, settings.evaluate, args.seed)
+    monitor.evaluation("teacher", 0, responses, protocol(settings, inputs.heldout))
     engine.close()
 
 

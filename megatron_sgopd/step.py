@@ -25,7 +25,7 @@ from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.packing import PackedRows, pack
 from megatron_sgopd.rollout.prompts import Prompt
 from megatron_sgopd.rollout.teacher_rollouts import NOTHING_TAUGHT, Taught
-from megatron_sgopd.rollout.trajectory import Trajectory
+from megatron_sgopd.rollout.trajectory import Decoding, Trajectory
 from megatron_sgopd.rollout.weight_sync import sync_student
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def generate(run: Run, batch: Batch) -> Batch:
     taken = Counter(t.prompt.id for t in batch.taught.trajectories if mixed)
     samples = [settings.group_size - taken[prompt.id] for prompt in batch.prompts]
     with run.phase("generate"):
-        trajectories = run.engine.generate(batch.prompts, samples, settings.temperature, run.seed, batch.step)
+        decoding = Decoding(settings.temperature)  # of the whole distribution, whose log-probs the objective reads
+        trajectories = run.engine.generate(batch.prompts, samples, decoding, run.seed, batch.step)
     return replace(batch, trajectories=tuple(trajectories))
 
 

@@ -105,7 +105,7 @@ def _check(arguments: argparse.Namespace, variants: dict[str, tuple[str, ...]]) 
     for name, settings in variants.items():
         recipe = load_recipe(arguments.recipe, [*arguments.set, *settings, f"run_dir={arguments.out}/check"])
         learning_rates[name] = recipe.train.learning_rate
-        held_out[name] = [(prompt.text, prompt.answer) for prompt in check_recipe(recipe).heldout]
+        held_out[name] = [(prompt.text, prompt.answer) for prompt in check_recipe(recipe).heldout or ()]
     first = next(iter(held_out))
     for name, problems in held_out.items():
         if not problems or problems != held_out[first]:

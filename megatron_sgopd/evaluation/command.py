@@ -33,9 +33,16 @@ def add_command(commands: Any) -> None:
     command.add_argument("--recipe", type=Path, metavar="RECIPE", help="whose settings count (a run folder's own)")
     add_set(command)
     command.add_argument("--step", type=int, metavar="N", help="checkpoint of a run to take (the newest)")
-    command.add_argument("--samples", type=int, default=8, metavar="N", help="responses to each problem (8)")
+    command.add_argument(
+        "--samples", type=int, metavar="N", help="responses to each problem (the recipe's evaluate.samples, or 8)"
+    )
     command.add_argument("--k", metavar="K,K", help="of pass@k and maj@k (powers of two up to --samples)")
-    command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature (1.0)")
+    command.add_argument("--temperature", type=float, metavar="T", help="of the sampling (the recipe's, or 1.0)")
+    command.add_argument("--top-p", type=float, metavar="P", help="share of likeliest tokens (the recipe's, or 1.0)")
+    command.add_argument("--top-k", type=int, metavar="N", help="likeliest tokens, 0: all (the recipe's, or 0)")
+    command.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends a response; may be given several times (the recipe's)"
+    )
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of a response (the recipe's, or 1024)")
     command.add_argument("--verifier", metavar="NAME", help="math, task, exact or import.path:function (math)")
     command.add_argument("--tensor-parallel", type=int, metavar="N", help="ranks that share a replica (1)")
@@ -46,7 +53,8 @@ def add_command(commands: Any) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="training prompts: name the problems that share a run of 13 words with one of them",
+        help="training prompts: name the problems that share a run of 13 words with one of them; phrases "
+        "that many of them have do not count",
     )
     command.add_argument("--platform", choices=["auto", "cpu", "cuda"], help="hardware to run on (auto)")
     command.set_defaults(run=_eval)

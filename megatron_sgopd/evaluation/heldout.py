@@ -10,9 +10,15 @@ from megatron_sgopd.config import EvaluateSettings
 from megatron_sgopd.evaluation.scores import Responses
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.prompts import Prompt
+from megatron_sgopd.rollout.trajectory import Decoding
 from megatron_sgopd.verify.stage import Verification
 
 EVALUATION_STEP = -1  # seeds of evaluations are those of no training step, and the same for every model
+
+
+def decoding_of(settings: EvaluateSettings) -> Decoding:
+    """How evaluations draw tokens."""
+    return Decoding(settings.temperature, settings.top_p, settings.top_k, settings.stop)
 
 
 def respond(
@@ -24,7 +30,7 @@ def respond(
 ) -> Responses:
     """`settings.samples` judged responses to each prompt, the same on every rank."""
     counts = [settings.samples] * len(prompts)
-    trajectories = engine.generate(prompts, counts, settings.temperature, seed, EVALUATION_STEP)
+    trajectories = engine.generate(prompts, counts, decoding_of(settings), seed, EVALUATION_STEP)
     verification.start(trajectories)()
     results = verification.all_results()
     shape = len(prompts), settings.samples

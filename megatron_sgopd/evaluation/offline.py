@@ -6,13 +6,14 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from megatron_sgopd.arguments import prompt_text
 from megatron_sgopd.checkpoint.convert import Options, Ranks, to_huggingface
 from megatron_sgopd.checkpoint.files import CONVERSION, write_atomically
 from megatron_sgopd.checkpoint.locate import find_checkpoint, source_of
@@ -21,10 +22,18 @@ from megatron_sgopd.checks import check_task_scorers
 from megatron_sgopd.common.console import Terminal
 from megatron_sgopd.common.data_files import read_json
 from megatron_sgopd.common.ownership import keep_private
-from megatron_sgopd.config import ALONE_MEMORY_FRACTION, PromptSettings, Recipe, RolloutSettings, VerifySettings
+from megatron_sgopd.config import (
+    ALONE_MEMORY_FRACTION,
+    EvaluateSettings,
+    PromptSettings,
+    Recipe,
+    RolloutSettings,
+    VerifySettings,
+    build,
+)
 from megatron_sgopd.errors import ConfigError, some
 from megatron_sgopd.evaluation.contamination import overlapping
-from megatron_sgopd.evaluation.heldout import EVALUATION_STEP
+from megatron_sgopd.evaluation.heldout import EVALUATION_STEP, decoding_of
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores, together
 from megatron_sgopd.models.architecture import Architecture, read_architecture
 from megatron_sgopd.monitor.output import RESOLVED
@@ -52,8 +61,9 @@ class ProblemSet:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ConfigError at bad input, before a model is loaded."""
-    ks = _ks(arguments.k, arguments.samples)
     recipe = _recipe(arguments)
+    sampled = _sampled(arguments, recipe)
+    ks = _ks(arguments.k, sampled.samples)
     if recipe is None or recipe.private:
         keep_private()
     rollout, verify = _settings(arguments, recipe)
@@ -68,7 +78,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         check_task_scorers(s.prompts for s in sets)
     context = _context_tokens(sets, rollout, architecture)
     found = _contamination(sets, arguments.contamination)
-    sampling = Sampling(arguments.samples, arguments.temperature, arguments.seed, EVALUATION_STEP)
+    sampling = Sampling(sampled.samples, decoding_of(sampled), arguments.seed, EVALUATION_STEP)
     folder = _model_folder(arguments, architecture)
     platform = arguments.platform or (recipe.platform if recipe else "auto")
     worker = Worker(str(folder), tokenizer, sampling, rollout, verify, context, platform)
@@ -76,15 +86,22 @@ def evaluate(arguments: argparse.Namespace) -> int:
     fill(works, "eval-0", worker, arguments.out / "eval.log")
     if is_first_rank():
         parts = {work.folder.name: responses(RolloutBank(work.folder), work.prompts) for work in works}
-        report = _report(arguments, parts, ks) | {"contamination": found}
+        measured = {work.folder.name: asdict(work.identity) for work in works}
+        report = _report(arguments, parts, ks) | {"measured": measured, "contamination": found}
         write_atomically(arguments.out / RESULTS, (json.dumps(report, indent=1) + "\n").encode())
         _show(report)
     return 0
 
 
+def _sampled(arguments: argparse.Namespace, recipe: Recipe | None) -> EvaluateSettings:
+    """The recipe's, changed by what the command says."""
+    settings = recipe.evaluate if recipe else EvaluateSettings()
+    names = ("samples", "temperature", "top_p", "top_k", "stop")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return build(EvaluateSettings, asdict(settings) | given, "eval")
+
+
 def _ks(text: str | None, samples: int) -> list[int]:
-    if samples < 1:
-        raise ConfigError(f"--samples is {samples}: give at least 1")
     if text is None:
         return powers_of_two(samples)
     words = text.split(",")
@@ -126,8 +143,7 @@ def _sources(arguments: argparse.Namespace, recipe: Recipe | None) -> list[tuple
         file = Path(path if separator else text)
         source = PromptSettings(
             source=str(file),
-            chat_template=not arguments.no_chat_template,
-            chat_template_arguments=arguments.chat_template_arguments,
+            **prompt_text(arguments),
         )
         sources.append((name if separator else file.stem, source))
     names = [name for name, _ in sources]
@@ -208,9 +224,6 @@ def _report(arguments: argparse.Namespace, parts: dict[str, Responses], ks: Sequ
     all_parts = parts if len(parts) == 1 else {**parts, "overall": together(list(parts.values()))}
     return {
         "model": str(arguments.model),
-        "samples": arguments.samples,
-        "temperature": arguments.temperature,
-        "seed": arguments.seed,
         "scores": {
             name: {"problems": part.problems, "truncated": float(part.truncated_PN.mean())} | as_json(scores(part, ks))
             for name, part in all_parts.items()

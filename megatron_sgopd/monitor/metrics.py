@@ -17,6 +17,7 @@ from rich.text import Text
 from megatron_sgopd.checkpoint.files import write_atomically
 from megatron_sgopd.common.console import styled
 from megatron_sgopd.config import Settings
+from megatron_sgopd.evaluation.protocol import MEASURED, differences, last_measured, measured_as
 from megatron_sgopd.evaluation.scores import Responses, as_json, powers_of_two, scores
 from megatron_sgopd.monitor.lines import (
     append_json_line,
@@ -84,8 +85,12 @@ class Monitor:
             # repr: on one line.
             self._console.print(" ", mark, f" {line['response']!r}  (answer {line['answer']!r})")
 
-    def evaluation(self, name: str, step: int, responses: Responses) -> None:
-        """Record the scores on the held-out problems: `before`, `teacher`, `step` or `after`."""
+    def evaluation(self, name: str, step: int, responses: Responses, measured: dict[str, Any]) -> None:
+        """Record the scores on the held-out problems: `before`, `teacher`, `step` or `after`.
+
+        Args:
+            measured: the protocol.
+        """
         if not self._writes:
             return
         found = scores(responses, powers_of_two(responses.samples))
@@ -98,6 +103,7 @@ class Monitor:
             "samples": responses.samples,
             "scores": as_json(found),
             "by_problem": responses.outcomes_PN.mean(axis=1).tolist(),
+            MEASURED: measured,
         }
         append_json_line(self._folder / EVALUATIONS, line)
         self._console.print(
@@ -116,7 +122,9 @@ class Monitor:
             steps, total, clipped = steps + 1, total + line["seconds"], clipped + line["grad_clipped"]
             for stage, seconds in line["stage_seconds"].items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
-        rates = {line["name"]: line["pass_rate"] for line in read_json_lines(self._folder / EVALUATIONS)}
+        lines = list(read_json_lines(self._folder / EVALUATIONS))
+        alike = measured_as(lines, last_measured(lines))
+        rates = {line["name"]: line["pass_rate"] for line in alike}
         summary = {
             **{name: rates.get(name) for name in ("before", "after", "teacher")},
             "steps": steps,
@@ -127,6 +135,11 @@ class Monitor:
         }
         write_atomically(self._folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         self._console.print(_table(summary))
+        if len(alike) < len(lines):
+            self._console.print(
+                f"{len(lines) - len(alike)} evaluations are left out, since they were measured otherwise than the last "
+                f"one: {differences(lines[0][MEASURED], lines[-1][MEASURED])}"
+            )
         if clipped > _OFTEN_CLIPPED * steps:
             self._console.print(
                 f"the gradient was clipped in {clipped / steps:.0%} of all updates: there, train.clip_grad and the "

@@ -28,7 +28,7 @@ def gate(delta_T: torch.Tensor, outcome_advantage_T: torch.Tensor, noise_floor: 
 
 
 def reported(classes_T: torch.Tensor, outcome_advantage_T: torch.Tensor) -> torch.Tensor:
-    """The classes as they are counted: UNDECIDED where they are CONFLICT only because o = 0, as in a group of one outcome.
+    """The classes as they are counted: UNDECIDED where they are CONFLICT only because o = 0, as in uniform groups.
 
     So CONFLICT is here what it is in published shares: two signs that differ. The objective treats both alike.
     """

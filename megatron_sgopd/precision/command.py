@@ -64,8 +64,9 @@ def _sampled(recipe: Recipe, inputs: Any, prompts: list[Prompt], arguments: argp
     from megatron_sgopd.precision.noise_floor import Response
     from megatron_sgopd.rollout.bank import RolloutBank
     from megatron_sgopd.rollout.filling import Sampling, Work, Worker, fill
+    from megatron_sgopd.rollout.trajectory import Decoding
 
-    sampling = Sampling(1, recipe.rollout.temperature, arguments.seed, _STEP)
+    sampling = Sampling(1, Decoding(recipe.rollout.temperature), arguments.seed, _STEP)
     row_tokens, platform = recipe.train.row_tokens, recipe.platform
     rollout = replace(recipe.rollout, tensor_parallel=1, memory_fraction=ALONE_MEMORY_FRACTION)
     worker = Worker(recipe.model.path, inputs.tokenizer, sampling, rollout, recipe.verify, row_tokens, platform)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sgopd.compare.table import interval
+from megatron_sgopd.evaluation.protocol import MEASURED, differences, last_measured, measured_as
 from megatron_sgopd.monitor.lines import finite
 from megatron_sgopd.monitor.output import METRICS, SAMPLES
 from megatron_sgopd.report.runs import RunFolder, Samples, read_run
@@ -74,8 +76,27 @@ class Contents:
             series.refresh()
             samples.refresh()
             runs.append(_Shown(run, series, samples, list(run.evaluations())))
+        runs = _alike(runs)
         self.private = any(run.recipe.get("private", True) for run in runs)
         return finite(_contents(runs))
+
+
+def _alike(runs: Sequence[_Shown]) -> list[_Shown]:
+    """The runs with those of their evaluations that may stand side by side: measured as the first run's last one."""
+    like = next((last_measured(run.evaluations) for run in runs if run.evaluations), None)
+    shown = []
+    for run in runs:
+        alike = measured_as(run.evaluations, like)
+        if others := [line for line in run.evaluations if line not in alike]:
+            said = differences(others[0].get(MEASURED), like)
+            alarm = (
+                f"{len(others)} evaluations are left out, since they were measured otherwise than others here: {said}"
+            )
+            run = dataclasses.replace(
+                run, evaluations=alike, run=dataclasses.replace(run.run, alarms=[*run.run.alarms, alarm])
+            )
+        shown.append(run)
+    return shown
 
 
 def _contents(runs: Sequence[_Shown]) -> dict[str, Any]:

@@ -70,6 +70,10 @@ class BankIdentity:
     samples: int
     """Rollouts of each problem."""
     temperature: float
+    top_p: float
+    top_k: int
+    stop: str
+    """JSON list."""
     max_new_tokens: int
     seed: int
     verifier: str

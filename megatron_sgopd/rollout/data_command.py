@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sgopd.arguments import add_chat_template, add_set
+from megatron_sgopd.arguments import add_chat_template, add_set, prompt_text
 from megatron_sgopd.common.console import Terminal, styled
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def _wanted(arguments: argparse.Namespace) -> tuple[str, dict[str, PromptSetting
             raise ConfigError(f"--set changes a recipe, and {arguments.source} is none: give a recipe (.yaml)")
         settings = PromptSettings(
             source=arguments.source,
-            chat_template=bool(arguments.model) and not arguments.no_chat_template,
-            chat_template_arguments=arguments.chat_template_arguments,
+            **prompt_text(arguments) | ({} if arguments.model else {"chat_template": False}),
         )
         verify = VerifySettings(verifier=arguments.verifier or "math")
         return arguments.model, {Path(arguments.source).name: settings}, verify

@@ -16,7 +16,7 @@ from megatron_sgopd.models.architecture import Architecture
 from megatron_sgopd.models.weight_map import Parameter, owned_parameters
 from megatron_sgopd.platform import current
 from megatron_sgopd.rollout.prompts import Prompt
-from megatron_sgopd.rollout.trajectory import Trajectory, gather_trajectories, sampling_seed
+from megatron_sgopd.rollout.trajectory import Decoding, Trajectory, gather_trajectories, sampling_seed
 from megatron_sgopd.rollout.unregistered import unregistered_tensors
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class RolloutEngine:
         self._fresh = {name: tensor.cpu().clone() for name, tensor in self._unregistered().items()}
 
     def generate(
-        self, prompts: Sequence[Prompt], samples: Sequence[int], temperature: float, run_seed: int, step: int
+        self, prompts: Sequence[Prompt], samples: Sequence[int], decoding: Decoding, run_seed: int, step: int
     ) -> list[Trajectory]:
         """Sample as many responses for each prompt as `samples` says; every rank gets all of them, in order."""
         from vllm import SamplingParams, TokensPrompt
@@ -97,11 +97,14 @@ class RolloutEngine:
         texts = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt, _ in requests]
         parameters = [
             SamplingParams(
-                temperature=temperature,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                top_k=decoding.top_k,
+                stop=list(decoding.stop),
                 max_tokens=self._max_new_tokens,
                 logprobs=0,
                 flat_logprobs=True,
-                detokenize=False,
+                detokenize=bool(decoding.stop),  # which are looked for in the text
                 seed=sampling_seed(run_seed, step, prompt.id, sample),
             )
             for prompt, sample in requests

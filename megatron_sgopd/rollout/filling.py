@@ -25,7 +25,7 @@ from megatron_sgopd.processes import joined_ranks, launched_ranks
 from megatron_sgopd.rollout.bank import BankIdentity, BankWriter, RolloutBank, StoredRollout, writing
 from megatron_sgopd.rollout.engine import RolloutEngine, replicas
 from megatron_sgopd.rollout.prompts import Prompt, PromptSet
-from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank
+from megatron_sgopd.rollout.trajectory import Decoding, Trajectory, from_first_rank
 from megatron_sgopd.verify.base import VerifierResult
 from megatron_sgopd.verify.stage import Verification
 
@@ -41,7 +41,7 @@ class Sampling:
 
     samples: int
     """Responses to each problem."""
-    temperature: float
+    decoding: Decoding
     seed: int
     step: int
     """Stands for a training step in the seeds; negative, one for each use."""
@@ -80,7 +80,10 @@ class Worker:
             tokenizer=hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
             prompts=prompts.digest,
             samples=self.sampling.samples,
-            temperature=self.sampling.temperature,
+            temperature=self.sampling.decoding.temperature,
+            top_p=self.sampling.decoding.top_p,
+            top_k=self.sampling.decoding.top_k,
+            stop=json.dumps(self.sampling.decoding.stop),
             max_new_tokens=self.rollout.max_new_tokens,
             seed=self.sampling.seed,
             verifier=self.verify.verifier,
@@ -172,7 +175,7 @@ def sample_problems(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: 
     """Responses to problems, whatever epoch their prompts are of."""
     problems = [dataclasses.replace(prompt, id=prompt.problem) for prompt in prompts]
     samples = [sampling.samples] * len(problems)
-    return engine.generate(problems, samples, sampling.temperature, sampling.seed, sampling.step)
+    return engine.generate(problems, samples, sampling.decoding, sampling.seed, sampling.step)
 
 
 def judged_rollouts(

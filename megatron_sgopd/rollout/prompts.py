@@ -290,6 +290,8 @@ def _check_chat_template(settings: PromptSettings, tokenizer: Any) -> None:
     if not settings.chat_template:
         if arguments:
             raise ConfigError(f"chat_template_arguments={arguments} has no use with chat_template: false: remove one")
+        if settings.system_prompt is not None:
+            raise ConfigError("system_prompt has no use with chat_template: false: remove one of them")
         return
     if not tokenizer.chat_template:
         raise ConfigError(
@@ -376,7 +378,10 @@ def _text(row: Row, settings: PromptSettings, tokenizer: Any) -> str:
     if not settings.chat_template:
         if not isinstance(row.prompt, str):
             raise ConfigError(f"{row.place}: {name!r} holds chat messages, which need chat_template: true")
-        return row.prompt
+        return row.prompt + settings.prompt_suffix
+    if settings.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": settings.system_prompt}, *messages]
+    messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + settings.prompt_suffix}]
     try:
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **settings.chat_template_arguments

@@ -20,7 +20,7 @@ from megatron_sgopd.rollout.bank import BankIdentity, BankWriter, RolloutBank, w
 from megatron_sgopd.rollout.engine import RolloutEngine
 from megatron_sgopd.rollout.filling import Sampling, Worker, absent_problems, judged_rollouts, sample_problems
 from megatron_sgopd.rollout.prompts import Prompt
-from megatron_sgopd.rollout.trajectory import Trajectory, from_first_rank, gather_trajectories
+from megatron_sgopd.rollout.trajectory import Decoding, Trajectory, from_first_rank, gather_trajectories
 from megatron_sgopd.verify.stage import Verification
 
 TEACHER_STEP = -2
@@ -44,7 +44,7 @@ def teacher_sampling(settings: TeacherRolloutSettings, run_seed: int) -> Samplin
     seed = settings.seed
     if seed is None:
         seed = run_seed if settings.bank is None else 0
-    return Sampling(settings.samples, settings.temperature, seed, TEACHER_STEP)
+    return Sampling(settings.samples, Decoding(settings.temperature), seed, TEACHER_STEP)
 
 
 def teacher_engine(settings: Settings) -> RolloutSettings:

@@ -29,6 +29,19 @@ class Trajectory:
     """Sampled from the teacher; then b_t is not kept, since nothing may be weighted by it."""
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn from a model's distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Only of the most likely tokens that together have this share of the probability."""
+    top_k: int = 0
+    """Only of so many most likely tokens; 0: of all."""
+    stop: tuple[str, ...] = ()
+    """Texts after which a response is over, besides the end-of-sequence token."""
+
+
 def sampling_seed(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
     """Seed of one response, so that what is generated depends on neither batching nor layout."""
     text = f"{run_seed}/{step}/{prompt_id}/{sample}"

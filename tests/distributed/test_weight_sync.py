@@ -32,6 +32,7 @@ def check_sync() -> None:
     from megatron_sgopd.models.digests import tensor_digest
     from megatron_sgopd.rollout.engine import RolloutEngine
     from megatron_sgopd.rollout.prompts import Prompt
+    from megatron_sgopd.rollout.trajectory import Decoding
     from megatron_sgopd.rollout.weight_sync import compared_rows, sync_weights
 
     dist.init_process_group("gloo")
@@ -65,7 +66,7 @@ def check_sync() -> None:
         assert engine.weight_version == version + 1
         model.load_state_dict(weights, strict=False)
         for temperature in (1.0, 0.7):
-            for trajectory in engine.generate(prompts, [1] * len(prompts), temperature, run_seed=1, step=0):
+            for trajectory in engine.generate(prompts, [1] * len(prompts), Decoding(temperature), run_seed=1, step=0):
                 ids = torch.tensor([trajectory.prompt.token_ids + trajectory.token_ids])
                 with torch.no_grad():
                     logprobs = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])
@@ -89,15 +90,15 @@ def check_sync() -> None:
         reload_weights(engine._llm, ((n, w) for n, w in weights.items() if not n.endswith("1.mlp.down_proj.weight")))
 
     # What is sampled depends on run seed, step, prompt and sample, not on who is sampled beside it.
-    together = engine.generate(prompts, [2] * len(prompts), 1.0, run_seed=7, step=3)
-    alone = engine.generate(prompts[4:5], [2], 1.0, run_seed=7, step=3)
+    together = engine.generate(prompts, [2] * len(prompts), Decoding(), run_seed=7, step=3)
+    alone = engine.generate(prompts[4:5], [2], Decoding(), run_seed=7, step=3)
     assert [t.token_ids for t in together[8:10]] == [t.token_ids for t in alone]
     assert together[8].token_ids != together[9].token_ids or len(together[8].token_ids) < 3
 
     # Replicas know nothing of each other: three and two prompts, which end at different steps, and one and none.
     sums, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda *arguments, **keywords: sums.append(all_reduce(*arguments, **keywords))
-    found = {count: engine.generate(prompts[:count], [2] * count, 1.0, run_seed=7, step=3) for count in (5, 1)}
+    found = {count: engine.generate(prompts[:count], [2] * count, Decoding(), run_seed=7, step=3) for count in (5, 1)}
     dist.all_reduce = all_reduce
     assert not sums, f"{len(sums)} sums over replicas: one of them that ends earlier would leave the others hanging"
     for count, trajectories in found.items():
@@ -121,6 +122,7 @@ def check_shards(folders: Sequence[Path]) -> None:
         from megatron_sgopd.models.weights import digests_of_shards, fill_shards, load_weights, shard_digests
         from megatron_sgopd.rollout.engine import RolloutEngine
         from megatron_sgopd.rollout.prompts import Prompt
+        from megatron_sgopd.rollout.trajectory import Decoding
         from megatron_sgopd.rollout.weight_sync import compared_rows, sync_student
 
         prompts = [Prompt(str(i), "", tuple(range(5 + i, 11 + i)), "", "", {}) for i in range(4)]
@@ -137,7 +139,7 @@ def check_shards(folders: Sequence[Path]) -> None:
                 sync_student(engine, model, architecture, groups, 1 << 16)
                 assert engine.weight_version == version + 1
             expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            for trajectory in engine.generate(prompts, [1] * len(prompts), 1.0, run_seed=1, step=0):
+            for trajectory in engine.generate(prompts, [1] * len(prompts), Decoding(), run_seed=1, step=0):
                 ids = torch.tensor([trajectory.prompt.token_ids + trajectory.token_ids])
                 with torch.no_grad():
                     logprobs = expected(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])

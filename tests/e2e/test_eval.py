@@ -54,6 +54,14 @@ def test_problems_that_training_has_shown_are_found() -> None:
     assert overlapping(problems, []) == []
 
 
+def test_an_instruction_that_all_problems_have_flags_none_of_them() -> None:
+    instruction = "Think step by step, and at the end put your final answer within a box, as in the example."
+    problems = [f"There are {i} ducks on pond number {i}; {i + 2} leave. How many? {instruction}" for i in range(40)]
+    training = [f"Here are pigs. {instruction}", problems[7].upper()]
+    assert overlapping(problems, training) == [7]
+    assert overlapping([instruction] * 40, training) == list(range(40)), "nothing else is theirs"
+
+
 def run_eval(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "megatron_sgopd.cli", "eval", *map(str, arguments)]
@@ -72,6 +80,7 @@ def test_a_model_on_two_benchmark_files_with_every_response_kept(tmp_path: Path)
     out = tmp_path / "out"
     arguments = [STUDENT, "--out", out, "--samples", 4, "--max-new-tokens", 64, "--platform", "cpu"]
     arguments += ["--data", files["gsm8k"], "--data", f"easy={files['math500']}", "--contamination", files["math500"]]
+    arguments += ["--top-p", 0.95, "--top-k", 20, "--stop", "</answer>"]
     result = run_eval(*arguments)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "results.json").read_text())
@@ -87,6 +96,10 @@ def test_a_model_on_two_benchmark_files_with_every_response_kept(tmp_path: Path)
         assert 0 <= score[name]["low"] <= score[name]["mean"] <= score[name]["high"] <= 1, name
     assert score["pass@4"]["mean"] > 0, "the student can do some sums"
     assert report["contamination"]["easy"] == {"problems": [0, 1, 2, 3, 4], "share": 1.0}
+    measured = report["measured"]["gsm8k"]
+    assert [measured[name] for name in ("samples", "top_p", "top_k", "stop")] == [4, 0.95, 20, '["</answer>"]']
+    ended = [r for i in range(21) for r in bank.of(f"problem {i}") if not r.truncated]
+    assert ended and all(rollout.response.endswith("</answer>") for rollout in ended)
     right = [r for i in range(21) for r in bank.of(f"problem {i}") if r.outcome]
     assert all("<answer>" in rollout.response and rollout.reason == "right" for rollout in right)
 
@@ -97,7 +110,7 @@ def test_a_model_on_two_benchmark_files_with_every_response_kept(tmp_path: Path)
 
 
 def test_a_run_is_evaluated_by_its_own_recipe(main_run: Finished, tmp_path: Path) -> None:
-    result = run_eval(main_run.folder, "--out", tmp_path, "--samples", 2)
+    result = run_eval(main_run.folder, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["scores"]["heldout"]["problems"] == 8
@@ -105,6 +118,14 @@ def test_a_run_is_evaluated_by_its_own_recipe(main_run: Finished, tmp_path: Path
     lines = [json.loads(line) for line in (main_run.folder / "evaluations.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["before", "after"]
     assert all(set(line["scores"]) == {"avg@2", "pass@2", "maj@2"} for line in lines)
+    assert set(report["scores"]["heldout"]) >= {"avg@2", "pass@2", "maj@2"}, "as often as the recipe says"
+    measured = report["measured"]["heldout"]
+    assert measured["stop"] == "[]" and lines[0]["measured"]["stop"] == []
+    assert all(
+        measured[name.replace("problems", "prompts")] == value
+        for name, value in lines[0]["measured"].items()
+        if name != "stop"
+    )
 
 
 @pytest.mark.long
@@ -126,7 +147,8 @@ def test_two_ranks_share_the_problems_and_find_the_same(main_run: Finished, tmp_
     [
         (["--k", "1,16", "--samples", "8"], "--k has 16, more than the 8 responses to a problem: raise --samples"),
         (["--k", "one"], "--k 'one' is not of the form 1,8,32"),
-        (["--samples", "0"], "--samples is 0"),
+        (["--samples", "0"], "setting 'samples' is 0"),
+        (["--top-p", "1.5"], "setting 'top_p' is 1.5"),
         ([], "there are no problems: give --data FILE, or a recipe with data.heldout"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (

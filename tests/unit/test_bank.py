@@ -20,7 +20,7 @@ from megatron_sgopd.rollout.bank import (
     writing,
 )
 
-IDENTITY = BankIdentity("t", "v", "p", samples=2, temperature=1.0, max_new_tokens=64, seed=0, verifier="task")
+IDENTITY = BankIdentity("t", "v", "p", 2, 1.0, 1.0, 0, "[]", max_new_tokens=64, seed=0, verifier="task")
 
 
 def rollouts(problems: range, samples: int = 2) -> list[StoredRollout]:

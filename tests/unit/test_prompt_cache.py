@@ -99,6 +99,8 @@ OTHER: dict[str, Any] = {
     "task_settings": {"x": 1},
     "seed": 5,
     "split": "test",
+    "system_prompt": "Be brief.",
+    "prompt_suffix": " Think first.",
     "chat_template": False,
     "chat_template_arguments": {"enable_thinking": False},
     "max_prompt_tokens": 9,

@@ -491,6 +491,21 @@ def test_a_template_gets_its_arguments_and_refuses_what_it_does_not_read(tmp_pat
     assert "has no use with chat_template: false" in refusal(plain, tokenizer)
 
 
+def test_a_system_message_and_a_suffix_go_before_and_behind_every_prompt(tmp_path: Path) -> None:
+    def settings(*rows: Any, **changes: Any) -> PromptSettings:
+        return dataclasses.replace(write_lines(tmp_path / "p.jsonl", *rows), prompt_suffix=" Why?", **changes)
+
+    assert load(settings(ROWS[0]))[0].text == "[user]0 + 0 = Why?\n[assistant]"
+    both = settings(ROWS[0], system_prompt="Be brief.")
+    assert load(both)[0].text == "[system]Be brief.\n[user]0 + 0 = Why?\n[assistant]"
+    own = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert load(settings({"prompt": own, "answer": "1"}, system_prompt="no"))[0].text.startswith(
+        "[system]s\n[user]u Why?"
+    )
+    assert load(settings(ROWS[0], chat_template=False))[0].text == "0 + 0 = Why?"
+    assert "system_prompt has no use with" in refusal(settings(ROWS[0], system_prompt="s", chat_template=False))
+
+
 def test_a_template_that_does_not_begin_the_answer_is_refused(tmp_path: Path) -> None:
     template = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
     settings = write_lines(tmp_path / "p.jsonl", *ROWS)

@@ -193,7 +193,7 @@ def prompts(folder: Path) -> dict[str, float]:
 def bank(folder: Path) -> dict[str, float]:
     from megatron_sgopd.rollout.bank import BankIdentity, RolloutBank, StoredRollout, writing
 
-    identity = BankIdentity("m", "t", "p", 4, 1.0, 32768, 0, "math")
+    identity = BankIdentity("m", "t", "p", 4, 1.0, 1.0, 0, "[]", 32768, 0, "math")
     tokens = array("i", range(32_768))
     rollouts = [
         StoredRollout(f"problem {number}", sample, tokens[:], "text " * 100, False, 1, "1", "right")
