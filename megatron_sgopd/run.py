@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sgopd.checkpoint.files import write_atomically
+from megatron_sgopd.checkpoint.files import model_digest, write_atomically
 from megatron_sgopd.checks import PROMPTS_DIGEST, Inputs, check_inputs, check_same_prompts
 from megatron_sgopd.cluster.hardware import GIB
 from megatron_sgopd.cluster.plan import check_context, check_full_estimator
@@ -345,6 +345,7 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
             settings.logging.record,
             inputs.student.vocab_size,
             inputs.train if settings.verify.verifier == "task" else None,
+            _scored_by(settings),
         ),
         monitor,
         clock,
@@ -381,6 +382,14 @@ def start(settings: Settings, args: Any, model: Any, optimizer: Any, stop_reques
         run.evaluate("before", 0)
     clock.lap()
     return run
+
+
+def _scored_by(settings: Settings) -> dict[str, str]:
+    if not (settings.logging.replay or settings.logging.record):
+        return {}
+    folders = {"teacher": settings.teacher.path, "reference": settings.model.path}
+    digests = {name: model_digest(Path(folder)) for name, folder in folders.items()}
+    return digests | {"temperature": str(settings.rollout.temperature)}
 
 
 def _evaluate_teacher(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.checkpoint.files import write_atomically
@@ -68,17 +68,26 @@ class Recording:
     reference score again too.
     """
 
-    def __init__(self, replay: str | None, record: str | None, vocab_size: int, known: PromptSet | None) -> None:
+    def __init__(
+        self,
+        replay: str | None,
+        record: str | None,
+        vocab_size: int,
+        known: PromptSet | None,
+        scored_by: Mapping[str, str],
+    ) -> None:
         """Replay from one folder, and record into another.
 
         Args:
             vocab_size: of the models.
             known: the run's own prompts, where the verifier believes what it is told of a prompt: those that are
                 replayed must be among them. None where it does not.
+            scored_by: digests of the run's `teacher` and `reference`, and the `temperature` of log-probs: recorded
+                scores are of the same, or refused.
         """
         self._replay = Path(replay) if replay else None
         self._record = Path(record) if record else None
-        self._vocab_size, self._known = vocab_size, known
+        self._vocab_size, self._known, self._scored_by = vocab_size, known, dict(scored_by)
 
     @cached_property
     def _recorded(self) -> list[Path]:
@@ -110,7 +119,7 @@ class Recording:
         taught = Taught(tuple(t for t in trajectories if t.from_teacher), **vars(content.taught))
         numbers = path.with_suffix(".safetensors")
         try:
-            tensors = load_file(numbers) if numbers.is_file() else {}
+            tensors = self._scores(numbers) if numbers.is_file() else {}
         except SafetensorError as error:
             raise ConfigError(
                 f"{numbers} cannot be read ({error}): remove it, and its numbers are made again"
@@ -122,6 +131,19 @@ class Recording:
                 "tokens: remove the file, and its numbers are made again"
             )
         return Batch(step, content.prompts, taught, tuple(t for t in trajectories if not t.from_teacher)), tensors
+
+    def _scores(self, numbers: Path) -> dict[str, torch.Tensor]:
+        with safe_open(numbers, "pt") as file:
+            said = file.metadata() or {}
+        tensors = load_file(numbers)
+        for model in ("teacher", "reference"):
+            for name in (model, "temperature"):
+                if f"{model}_logprobs_T" in tensors and said.get(name) != self._scored_by[name]:
+                    raise ConfigError(
+                        f"{numbers} holds log-probs of the {model} with {name} {said.get(name)!r}, and the run has "
+                        f"{self._scored_by[name]!r}: remove the .safetensors files there, and models score again"
+                    )
+        return tensors
 
     def _read(self, path: Path) -> _Step:
         try:
@@ -181,5 +203,5 @@ class Recording:
             if (value := getattr(batch, name)) is not None:
                 tensors[name] = value[order].contiguous()
         path = self._record / f"step_{batch.step:06d}.json"
-        save_file(tensors, path.with_suffix(".safetensors"))
+        save_file(tensors, path.with_suffix(".safetensors"), metadata=self._scored_by)
         write_atomically(path, json.dumps(dataclasses.asdict(content)).encode())

@@ -104,7 +104,7 @@ def test_a_manifest_a_bank_and_a_recording(tmp_path: Path) -> None:
         RolloutBank(tmp_path)
     (tmp_path / "step_000000.json").write_text(DEEP)
     with pytest.raises(ConfigError, match=r"step_000000\.json is no recorded batch"):
-        Recording(str(tmp_path), None, 100, None).load(0)
+        Recording(str(tmp_path), None, 100, None, {}).load(0)
 
 
 def test_a_bank_whose_texts_unpack_to_much(tmp_path: Path) -> None:

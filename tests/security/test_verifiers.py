@@ -40,7 +40,7 @@ def record(folder: Path, of: Prompt = OWN, **changes: Any) -> Path:
 
 
 def replay(folder: Path, known: PromptSet | None = None, step: int = 0) -> Any:
-    return Recording(str(folder), None, 10, known).load(step)
+    return Recording(str(folder), None, 10, known, {}).load(step)
 
 
 def test_a_recording_of_the_runs_own_prompts_is_replayed_over_and_over(tmp_path: Path) -> None:
