@@ -209,7 +209,7 @@ def _finished(job: Job) -> Cell | None:
     if not (job.folder / SUMMARY).is_file():
         return None
     summary = read_json(job.folder / SUMMARY)
-    [after] = [line for line in read_json_lines(job.folder / EVALUATIONS) if line["name"] == "after"]
+    *_, after = (line for line in read_json_lines(job.folder / EVALUATIONS) if line["name"] == "after")
     tokens = sum(step["tokens"] for step in read_json_lines(job.folder / METRICS))
     return Cell(job.seed, tuple(after["by_problem"]), summary["seconds"], tokens)
 
@@ -230,7 +230,8 @@ def _results(
         "```",
         "",
         f"Held-out pass rate after training, over {problems} problems, with its 95 % interval over seeds and problems; "
-        "differences are paired by seed and problem. A few seeds make the intervals somewhat too narrow. Seconds are "
+        "differences are paired by seed and problem. Intervals are Student's, with one degree of freedom fewer than "
+        "seeds, and each stands for itself; the sentence below the table is corrected for their number. Seconds are "
         f"those of {arguments.jobs} run(s) at a time on {os.cpu_count()} CPU cores.",
         "",
         *results_table(variants, baseline),

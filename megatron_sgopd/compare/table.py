@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import mpmath
 import numpy as np
 
 from megatron_sgopd.evaluation.scores import Score
-from megatron_sgopd.evaluation.statistics import LEVEL, RESAMPLES
+from megatron_sgopd.evaluation.statistics import LEVEL
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,86 @@ class Variant:
     failed: int = 0
 
 
-def interval(values_SP: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Score:
-    """Mean over S seeds and P problems, and the interval by resampling both, each with replacement.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over S seeds and P problems, and how well it is known."""
 
-    Few seeds make it somewhat too narrow: with five, the spread between seeds is itself known only roughly.
+    mean: float
+    error: float
+    """Standard error."""
+    freedom: int
+    """Degrees of freedom of Student's t."""
+
+    def interval(self, level: float = LEVEL) -> Score:
+        """That holds the truth with a chance of `level`."""
+        reach = t_quantile(1 - (1 - level) / 2, self.freedom) * self.error
+        return Score(self.mean, self.mean - reach, self.mean + reach)
+
+    @property
+    def p_value(self) -> float:
+        """Chance of a mean at least as far from 0 if the truth were 0."""
+        if self.error == 0:
+            return float(self.mean == 0)
+        return 2 * (1 - t_chance(abs(self.mean) / self.error, self.freedom))
+
+
+def estimate(values_SP: np.ndarray) -> Estimate:
+    """The mean, with an error that holds for other seeds and other problems.
+
+    Seeds and problems are crossed random effects, and the mean squares of the two-way table give
+
+        Var(mean) = (MS_seeds + MS_problems - MS_rest) / (S P)
+
+    which is not taken as less than either alone. The seeds are few, and known least: S - 1 degrees of freedom, whatever
+    share of the error is theirs, so that a t test is right or too careful. One seed says nothing of others: then it is
+    the problems' error, with P - 1.
     """
     seeds, problems = values_SP.shape
-    rng = np.random.default_rng(seed)
-    seeds_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    problems_RP = rng.multinomial(problems, np.full(problems, 1 / problems), size=resamples)
-    means_R = ((seeds_RS @ values_SP) * problems_RP).sum(axis=1) / (seeds * problems)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means_R, [tail, 1 - tail])
-    return Score(float(values_SP.mean()), float(low), float(high))
+    mean = float(values_SP.mean())
+    if min(seeds, problems) == 1:
+        others = max(seeds, problems) - 1
+        error = float(values_SP.std(ddof=1)) / math.sqrt(others + 1) if others else 0.0
+        return Estimate(mean, error, max(others, 1))
+    seeds_S, problems_P = values_SP.mean(axis=1), values_SP.mean(axis=0)
+    rest_SP = values_SP - seeds_S[:, None] - problems_P[None, :] + mean
+    of_seeds, of_problems = problems * seeds_S.var(ddof=1), seeds * problems_P.var(ddof=1)
+    of_rest = (rest_SP**2).sum() / ((seeds - 1) * (problems - 1))
+    squares = max(of_seeds + of_problems - of_rest, of_seeds, of_problems)
+    return Estimate(mean, math.sqrt(squares / (seeds * problems)), seeds - 1)
+
+
+@functools.cache
+def t_chance(t: float, freedom: int) -> float:
+    """Chance that Student's t is at most `t`, which is not negative."""
+    return 1 - float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True)) / 2
+
+
+@functools.cache
+def t_quantile(chance: float, freedom: int) -> float:
+    """Student's t that is not exceeded with a chance above one half."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_chance(middle, freedom) < chance else (low, middle)
+    return high
+
+
+def interval(values_SP: np.ndarray) -> Score:
+    """Mean over S seeds and P problems, and its 95 % interval."""
+    return estimate(values_SP).interval()
 
 
 def score(variant: Variant) -> Score:
-    """Held-out pass rate."""
-    return interval(np.array([cell.by_problem for cell in variant.cells]))
+    """Held-out pass rate, which is between 0 and 1."""
+    found = interval(np.array([cell.by_problem for cell in variant.cells]))
+    return Score(found.mean, max(0.0, found.low), min(1.0, found.high))
 
 
-def difference(variant: Variant, baseline: Variant) -> Score | None:
+def difference(variant: Variant, baseline: Variant) -> Estimate | None:
     """Pass rate minus the baseline's, paired by seed and problem; None where no seed of both is finished."""
     theirs = {cell.seed: cell.by_problem for cell in baseline.cells}
     pairs = [(cell.by_problem, theirs[cell.seed]) for cell in variant.cells if cell.seed in theirs]
-    return interval(np.array([np.subtract(ours, other) for ours, other in pairs])) if pairs else None
+    return estimate(np.array([np.subtract(ours, other) for ours, other in pairs])) if pairs else None
 
 
 def results_table(variants: Sequence[Variant], baseline: str) -> list[str]:
@@ -78,9 +136,10 @@ def results_table(variants: Sequence[Variant], baseline: str) -> list[str]:
             lines.append(f"| {variant.name} | {variant.learning_rate:g} | {runs} | | | | |")
             continue
         apart = None if variant.name == baseline else difference(variant, by_name[baseline])
+        said = "" if apart is None else _points(apart.interval())
         lines.append(
             f"| {variant.name} | {variant.learning_rate:g} | {runs} | {_percent(score(variant))} "
-            f"| {'' if apart is None else _points(apart)} | {np.median([c.seconds for c in variant.cells]):.0f} "
+            f"| {said} | {np.median([c.seconds for c in variant.cells]):.0f} "
             f"| {np.mean([c.tokens for c in variant.cells]):,.0f} |"
         )
     return lines
@@ -107,24 +166,40 @@ def best_rate(found: Mapping[float, Sequence[float]]) -> float | None:
     return max((rate for rate, rates in found.items() if len(rates) == most), key=lambda rate: np.mean(found[rate]))
 
 
+FEWEST_SEEDS = 3
+"""Of both, for a verdict: with fewer, luck and method look alike."""
+_RISK = 1 - LEVEL
+
+
 def verdict(variants: Sequence[Variant], baseline: str) -> str:
-    """In words: which variants can be told from the baseline."""
+    """In words: which variants can be told from the baseline, with a chance of at most 5 % that a word is false where
+    there is no difference: Holm's correction for all comparisons of the table."""
     by_name = {variant.name: variant for variant in variants}
-    above: list[str] = []
-    below: list[str] = []
-    neither: list[str] = []
-    for variant in variants:
-        if variant.name == baseline or not variant.cells:
-            continue
-        apart = difference(variant, by_name[baseline])
-        if apart is None:
-            continue
-        side = above if apart.low > 0 else below if apart.high < 0 else neither
-        side.append(variant.name)
-    parts = [f"better than {baseline}: {', '.join(above)}"] * bool(above)
-    parts += [f"worse than {baseline}: {', '.join(below)}"] * bool(below)
-    parts += [f"not distinguishable from {baseline}: {', '.join(neither)}"] * bool(neither)
-    return "By the 95 % intervals of the paired differences, " + "; ".join(parts or ["nothing can be said"]) + "."
+    found = {
+        variant.name: difference(variant, by_name[baseline])
+        for variant in variants
+        if variant.name != baseline and variant.cells
+    }
+    enough = {name: apart for name, apart in found.items() if apart is not None and apart.freedom + 1 >= FEWEST_SEEDS}
+    told: set[str] = set()
+    for place, name in enumerate(sorted(enough, key=lambda name: enough[name].p_value)):
+        if enough[name].p_value * (len(enough) - place) > _RISK:
+            break
+        told.add(name)
+    above = [name for name in enough if name in told and enough[name].mean > 0]
+    below = [name for name in enough if name in told and enough[name].mean < 0]
+    groups = {
+        f"better than {baseline}": above,
+        f"worse than {baseline}": below,
+        f"not distinguishable from {baseline}": [name for name in enough if name not in told],
+        f"no verdict, for fewer than {FEWEST_SEEDS} seeds of both": [name for name in found if name not in enough],
+    }
+    parts = [f"{words}: {', '.join(names)}" for words, names in groups.items() if names]
+    return (
+        "By paired t tests over the seeds at 5 %, corrected for all comparisons (Holm), "
+        + "; ".join(parts or ["nothing can be said"])
+        + "."
+    )
 
 
 def _percent(found: Score) -> str:

@@ -31,7 +31,6 @@ _FEWEST_STEPS = 4
 """Of a point of the training curve: the spread of its steps makes its interval."""
 _MOST_BLOCKS = 50
 """Of a point of the training curve: where it has more steps, neighbours count as one for the interval."""
-_RESAMPLES = 2000
 _DIGITS = 5
 
 
@@ -165,7 +164,7 @@ def _training_curve(runs: Sequence[_Shown]) -> list[list[float]]:
         blocks_RB = rates_RS[:, first : first + width].reshape(len(runs), -1, together).mean(axis=2)
         values_RB = blocks_RB[~np.isnan(blocks_RB).any(axis=1)]
         if len(values_RB):
-            score = interval(values_RB, resamples=_RESAMPLES)
+            score = interval(values_RB)
             points.append(_point(first + (width + 1) / 2, score.mean, score.low, score.high, len(values_RB)))
     return points
 
@@ -183,7 +182,7 @@ def _heldout_curve(runs: Sequence[_Shown]) -> list[list[float]]:
             score = found[0]["scores"][f"avg@{found[0]['samples']}"]
             points.append(_point(step, score["mean"], score["low"], score["high"], 1))
         else:
-            both = interval(np.array([line["by_problem"] for line in found]), resamples=_RESAMPLES)
+            both = interval(np.array([line["by_problem"] for line in found]))
             points.append(_point(step, both.mean, both.low, both.high, len(found)))
     return points
 
