@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import os
 import shlex
 import subprocess
@@ -15,9 +18,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_sgopd.checkpoint.files import write_atomically
-from megatron_sgopd.common.data_files import read_json
-from megatron_sgopd.compare.table import Cell, Variant, best_rate, results_table, sweep_table, verdict
+from megatron_sgopd.common.data_files import read_bytes, read_json
+from megatron_sgopd.compare.table import (
+    Cell,
+    Variant,
+    best_rate,
+    beyond_edge,
+    results_table,
+    sweep_table,
+    verdict,
+)
+from megatron_sgopd.config import as_dict
 from megatron_sgopd.errors import ConfigError
 from megatron_sgopd.monitor.lines import read_json_lines
 from megatron_sgopd.monitor.output import EVALUATIONS, METRICS, SUMMARY, run_folder
@@ -26,6 +41,21 @@ from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 
 FIRST_SEED, FIRST_SWEEP_SEED = 1, 1001
 """Of the runs that are reported, and of those that only choose a learning rate."""
+
+
+_MOST_EXTENSIONS = 4
+"""Times that a sweep goes on beyond its edge."""
+
+
+@dataclass(frozen=True)
+class KeptCell:
+    """A finished run as it is kept beside the table."""
+
+    identity: str
+    seed: int
+    by_problem: tuple[float, ...]
+    seconds: float
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,8 @@ class Job:
     """None: the recipe's."""
     seed: int
     folder: Path
+    identity: str
+    """Digest of its whole recipe, wherever it is run."""
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -49,7 +81,8 @@ def compare(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--baseline {baseline!r} is not among the variants: {', '.join(variants)}")
     grid = _grid(arguments.learning_rates)
     learning_rates = _check(arguments, variants)
-    runner = _Runner(arguments)
+    results = arguments.results or arguments.out / "RESULTS.md"
+    runner = _Runner(arguments, results.with_suffix(".json"))
     rates: dict[str, dict[float, list[float]]] = {}
     if grid:
         rates = _sweep(runner, variants, grid, arguments)
@@ -60,6 +93,10 @@ def compare(arguments: argparse.Namespace) -> int:
         for name, settings in variants.items()
     ]
     cells = runner.run(jobs)
+    if arguments.again:
+        return runner.again([job for job, cell in zip(jobs, cells, strict=True) if cell is not None][: arguments.again])
+    if grid:  # on the other half the learning rates were chosen
+        cells = [cell and dataclasses.replace(cell, by_problem=cell.by_problem[1::2]) for cell in cells]
     found = [
         Variant(
             name,
@@ -73,7 +110,6 @@ def compare(arguments: argparse.Namespace) -> int:
         print(f"megatron-sgopd: every run of the baseline {baseline} failed: see {arguments.out}", file=sys.stderr)
         return 1
     text = _results(arguments, found, rates, baseline)
-    results = arguments.results or arguments.out / "RESULTS.md"
     write_atomically(results, text.encode())
     print(text)
     print(f"compare: written to {results}")
@@ -126,24 +162,34 @@ def _grid(text: str) -> list[float]:
 def _sweep(
     runner: _Runner, variants: dict[str, tuple[str, ...]], grid: Sequence[float], arguments: argparse.Namespace
 ) -> dict[str, dict[float, list[float]]]:
-    """Pass rates of each variant at each learning rate."""
-    jobs = [
-        runner.job(name, settings, rate, FIRST_SWEEP_SEED + offset, "sweep")
-        for offset in range(arguments.sweep_seeds)
-        for rate in grid
-        for name, settings in variants.items()
-    ]
+    """Pass rates of each variant at each learning rate, on every second problem. A variant whose best one is the least
+    or the greatest that it has tried goes on there."""
     rates: dict[str, dict[float, list[float]]] = {name: {rate: [] for rate in grid} for name in variants}
-    for job, cell in zip(jobs, runner.run(jobs), strict=True):
-        if cell is not None and job.learning_rate is not None:
-            rates[job.variant][job.learning_rate].append(cell.pass_rate)
+    wanted = {name: list(grid) for name in variants}
+    for _ in range(1 + _MOST_EXTENSIONS):
+        jobs = [
+            runner.job(name, variants[name], rate, FIRST_SWEEP_SEED + offset, "sweep")
+            for offset in range(arguments.sweep_seeds)
+            for name, wanted_rates in wanted.items()
+            for rate in wanted_rates
+        ]
+        for job, cell in zip(jobs, runner.run(jobs), strict=True):
+            assert job.learning_rate is not None
+            found = rates[job.variant].setdefault(job.learning_rate, [])
+            if cell is not None:
+                found.append(float(np.mean(cell.by_problem[::2])))
+        wanted = {name: [beyond] for name, found in rates.items() if (beyond := beyond_edge(found)) is not None}
+        if not wanted:
+            break
     return rates
 
 
 class _Runner:
     """Runs jobs, some at a time, and says how far they are."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, kept: Path) -> None:
+        """Cells that `kept` has need not be run; those that are run are added to it."""
+        self._kept_in, self._kept = kept, _read_kept(kept)
         self._recipe, self._overrides = arguments.recipe, arguments.set
         self._jobs, self._out = arguments.jobs, arguments.out
         self._lock = threading.Lock()
@@ -151,7 +197,13 @@ class _Runner:
     def job(self, variant: str, settings: tuple[str, ...], rate: float | None, seed: int, kind: str) -> Job:
         """A job in its folder."""
         parts = [kind, variant, *([] if kind == "cells" else [f"lr_{rate:g}"]), f"seed_{seed}"]
-        return Job(variant, settings, rate, seed, self._out.joinpath(*parts))
+        job = Job(variant, settings, rate, seed, self._out.joinpath(*parts), "")
+        whole = as_dict(load_recipe(self._recipe, self._settings(job)))
+        said = {
+            name: value for name, value in whole.items() if name not in ("run_dir", "private", "platform", "logging")
+        }
+        text = json.dumps(said, sort_keys=True)
+        return dataclasses.replace(job, identity=hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
 
     def run(self, jobs: Sequence[Job]) -> list[Cell | None]:
         """Run those that are not finished; None stands for one that failed.
@@ -162,19 +214,21 @@ class _Runner:
         for job in jobs:
             check_run_dir(load_recipe(self._recipe, self._settings(job)))
         started, done = time.monotonic(), 0
-        todo = sum(_finished(job) is None for job in jobs)
+        todo = sum(self._finished(job) is None for job in jobs)
         if todo < len(jobs):
             print(f"compare: {len(jobs) - todo} of {len(jobs)} runs are finished already", flush=True)
 
         def one(job: Job) -> Cell | None:
             nonlocal done
-            cell = _finished(job)
+            cell = self._finished(job)
             if cell is not None:
                 return cell
             code = self._train(job)
-            cell = _finished(job)
+            cell = self._finished(job)
             with self._lock:
                 done += 1
+                if cell is not None:
+                    self._keep(job, cell)
                 left = timedelta(seconds=round((time.monotonic() - started) / done * (todo - done)))
                 said = f"pass rate {cell.pass_rate:.1%}, {cell.seconds:.0f} s" if cell else f"FAILED, code {code}"
                 print(f"compare: {done}/{todo} {job.folder.relative_to(self._out)}: {said}, left {left}", flush=True)
@@ -182,6 +236,32 @@ class _Runner:
 
         with ThreadPoolExecutor(self._jobs) as pool:
             return list(pool.map(one, jobs))
+
+    def again(self, jobs: Sequence[Job]) -> int:
+        """Run jobs that are finished once more, and say whether the same comes of it; 1 if not."""
+        different = 0
+        for job in jobs:
+            known = self._finished(job)
+            once_more = dataclasses.replace(job, folder=self._out / "again" / job.folder.relative_to(self._out))
+            if _of_folder(once_more) is None:
+                self._train(once_more)
+            cell = _of_folder(once_more)
+            same = known is not None and cell is not None and cell.by_problem == known.by_problem
+            different += not same
+            print(
+                f"compare: {job.variant}, seed {job.seed}, once more: {'the same' if same else 'DIFFERENT'}", flush=True
+            )
+        return int(different > 0)
+
+    def _finished(self, job: Job) -> Cell | None:
+        """What a run says, or has said where it was kept; None if it has not ended."""
+        return _of_folder(job) or self._kept.get(job.identity)
+
+    def _keep(self, job: Job, cell: Cell) -> None:
+        self._kept[job.identity] = cell
+        lines = [json.dumps(dataclasses.asdict(cell) | {"identity": name}) for name, cell in sorted(self._kept.items())]
+        self._kept_in.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._kept_in, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
     def _settings(self, job: Job) -> list[str]:
         settings = [*self._overrides, *job.settings, f"train.seed={job.seed}", f"run_dir={job.folder}"]
@@ -204,8 +284,23 @@ class _Runner:
             ).returncode
 
 
-def _finished(job: Job) -> Cell | None:
-    """What a run says; None if it has not ended."""
+_KEPT = TypeAdapter(list[KeptCell])
+
+
+def _read_kept(path: Path) -> dict[str, Cell]:
+    """Finished cells by their identity."""
+    if not path.is_file():
+        return {}
+    try:
+        kept = _KEPT.validate_json(read_bytes(path))
+    except ValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not as compare writes it ({reason}): move it away") from None
+    return {one.identity: Cell(one.seed, one.by_problem, one.seconds, one.tokens) for one in kept}
+
+
+def _of_folder(job: Job) -> Cell | None:
+    """What a run says in its folder; None if it has not ended."""
     if not (job.folder / SUMMARY).is_file():
         return None
     summary = read_json(job.folder / SUMMARY)
@@ -242,7 +337,8 @@ def _results(
         lines += [
             "",
             f"Each variant's learning rate is the one that did best in the same sweep, on {arguments.sweep_seeds} "
-            "seed(s) that are not among those above:",
+            "seed(s) and as many problems that are not among those above; where the best was the least or the greatest, "
+            "the sweep went on:",
             "",
             *sweep_table(rates),
         ]

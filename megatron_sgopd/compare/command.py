@@ -16,7 +16,8 @@ def add_command(commands: Any) -> None:
         help="train by several methods and seeds, and tell what can be told apart",
         description="Train by a recipe once for each variant and seed, with the same prompts, and write a table: held-"
         "out pass rate with its interval, paired difference to a baseline, seconds and tokens. With --learning-rates "
-        "each variant first gets its own from the same small sweep, on seeds of its own. Cells that are finished are "
+        "each variant first gets its own from the same small sweep, on seeds of its own and half of the problems, which the "
+        "table leaves out; a sweep that ends at an edge goes on. Cells that are finished are "
         "kept when the command is started again; one that fails does not stop the others.",
         epilog="Example: megatron-sgopd compare recipe.yaml --methods sgopd,opd,grpo --seeds 5 --out runs/compare",
     )
@@ -39,7 +40,15 @@ def add_command(commands: Any) -> None:
     command.add_argument("--sweep-seeds", type=int, default=2, metavar="N", help="runs of each learning rate (2)")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, which share the cores (1)")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cells' run folders")
-    command.add_argument("--results", type=Path, metavar="FILE", help="the table as Markdown (OUT/RESULTS.md)")
+    command.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="the table as Markdown (OUT/RESULTS.md); cells are kept beside it (.json), and not run where they are there",
+    )
+    command.add_argument(
+        "--again", type=int, default=0, metavar="N", help="run N kept cells once more: the same must come of them"
+    )
     add_set(command)
     command.set_defaults(run=_compare)
 

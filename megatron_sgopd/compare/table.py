@@ -150,9 +150,9 @@ def sweep_table(rates: Mapping[str, Mapping[float, Sequence[float]]]) -> list[st
     grid = sorted({rate for found in rates.values() for rate in found})
     lines = ["| variant | " + " | ".join(f"{rate:g}" for rate in grid) + " |", "|---" * (len(grid) + 1) + "|"]
     for name, found in rates.items():
-        cells = (f"{np.mean(found[rate]):.1%}" if found.get(rate) else "failed" for rate in grid)
+        cells = (_swept(found[rate]) if rate in found else "" for rate in grid)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    edge = [name for name, found in rates.items() if best_rate(found) in (grid[0], grid[-1])]
+    edge = [name for name, found in rates.items() if beyond_edge(found) is not None]
     if edge:
         lines += ["", f"At the edge of the sweep, so that a better one may lie outside: {', '.join(edge)}."]
     return lines
@@ -164,6 +164,15 @@ def best_rate(found: Mapping[float, Sequence[float]]) -> float | None:
     if most == 0:
         return None
     return max((rate for rate, rates in found.items() if len(rates) == most), key=lambda rate: np.mean(found[rate]))
+
+
+def beyond_edge(found: Mapping[float, Sequence[float]]) -> float | None:
+    """The learning rate to try next where the best one is the least or the greatest of several; None elsewhere."""
+    grid, best = sorted(found), best_rate(found)
+    if len(grid) < 2 or best not in (grid[0], grid[-1]):
+        return None
+    inner = grid[1] if best == grid[0] else grid[-2]
+    return float(f"{best * best / inner:.3g}")
 
 
 FEWEST_SEEDS = 3
@@ -200,6 +209,10 @@ def verdict(variants: Sequence[Variant], baseline: str) -> str:
         + "; ".join(parts or ["nothing can be said"])
         + "."
     )
+
+
+def _swept(rates: Sequence[float]) -> str:
+    return f"{np.mean(rates):.1%}" if rates else "failed"
 
 
 def _percent(found: Score) -> str:

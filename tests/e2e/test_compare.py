@@ -35,9 +35,19 @@ def test_cells_are_run_resumed_and_told_apart_and_one_that_fails_loses_no_other(
         and "| grpo | 0.0003 | 1 | " in table
         and "| broken | 0.0003 | 0 (1 failed)" in table
     )
-    assert "megatron-sgopd compare" in table and "By the 95 % intervals" in table
+    assert "megatron-sgopd compare" in table and "no verdict, for fewer than 3 seeds of both: grpo" in table
     finished = (out / "cells/opd/seed_1/metrics.jsonl").read_bytes()
 
+    for name in ("metrics.jsonl", "summary.json"):  # what is kept beside the table is enough
+        (out / f"cells/opd/seed_1/{name}").rename(out / name)
+    kept = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
+    assert "2 of 3 runs are finished already" in kept.stdout and (out / "RESULTS.md").read_text() == table
+    for name in ("metrics.jsonl", "summary.json"):
+        (out / name).rename(out / f"cells/opd/seed_1/{name}")
+    again = subprocess.run(
+        [*command, "--again", "1"], capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY
+    )
+    assert again.returncode == 0 and "opd, seed 1, once more: the same" in again.stdout
     second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
     assert "2 of 3 runs are finished already" in second.stdout
     assert (out / "cells/opd/seed_1/metrics.jsonl").read_bytes() == finished

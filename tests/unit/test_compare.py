@@ -6,6 +6,7 @@ import pytest
 from megatron_sgopd.compare.table import (
     Cell,
     Variant,
+    beyond_edge,
     difference,
     estimate,
     interval,
@@ -123,3 +124,12 @@ def test_the_sweep_is_shown_with_what_failed() -> None:
         "At the edge of the sweep, so that a better one may lie outside: a, b.",
     ]
     assert len(sweep_table({"a": {1e-4: [0.1], 1e-3: [0.5], 1e-2: [0.2]}})) == 3, "the best is between others"
+    further = {"a": {1e-4: [0.1], 1e-3: [0.5], 1e-2: [0.2]}, "b": {1e-4: [0.1], 1e-3: [0.5]}}
+    assert sweep_table(further)[3] == "| b | 10.0% | 50.0% |  |"
+
+
+def test_a_sweep_goes_on_beyond_an_edge() -> None:
+    assert beyond_edge({2e-4: [0.5], 4e-4: [0.4], 8e-4: [0.3]}) == 1e-4
+    assert beyond_edge({2e-4: [0.3], 4e-4: [0.4], 8e-4: [0.5]}) == 1.6e-3
+    assert beyond_edge({2e-4: [0.3], 4e-4: [0.5], 8e-4: [0.4]}) is None
+    assert beyond_edge({2e-4: [0.3]}) is None and beyond_edge({2e-4: [], 4e-4: []}) is None
