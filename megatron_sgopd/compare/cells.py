@@ -43,6 +43,8 @@ FIRST_SEED, FIRST_SWEEP_SEED = 1, 1001
 """Of the runs that are reported, and of those that only choose a learning rate."""
 
 
+_SAYS_NOTHING = ("run_dir", "private", "platform", "logging")
+"""Sections of a recipe that change nothing of what comes of a run."""
 _MOST_EXTENSIONS = 4
 """Times that a sweep goes on beyond its edge."""
 
@@ -199,9 +201,7 @@ class _Runner:
         parts = [kind, variant, *([] if kind == "cells" else [f"lr_{rate:g}"]), f"seed_{seed}"]
         job = Job(variant, settings, rate, seed, self._out.joinpath(*parts), "")
         whole = as_dict(load_recipe(self._recipe, self._settings(job)))
-        said = {
-            name: value for name, value in whole.items() if name not in ("run_dir", "private", "platform", "logging")
-        }
+        said = {name: value for name, value in whole.items() if name not in _SAYS_NOTHING}
         text = json.dumps(said, sort_keys=True)
         return dataclasses.replace(job, identity=hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
 
@@ -222,6 +222,8 @@ class _Runner:
             nonlocal done
             cell = self._finished(job)
             if cell is not None:
+                with self._lock:
+                    self._keep(job, cell)
                 return cell
             code = self._train(job)
             cell = self._finished(job)
@@ -248,9 +250,8 @@ class _Runner:
             cell = _of_folder(once_more)
             same = known is not None and cell is not None and cell.by_problem == known.by_problem
             different += not same
-            print(
-                f"compare: {job.variant}, seed {job.seed}, once more: {'the same' if same else 'DIFFERENT'}", flush=True
-            )
+            said = "the same" if same else "DIFFERENT"
+            print(f"compare: {job.variant}, seed {job.seed}, once more: {said}", flush=True)
         return int(different > 0)
 
     def _finished(self, job: Job) -> Cell | None:
@@ -258,6 +259,8 @@ class _Runner:
         return _of_folder(job) or self._kept.get(job.identity)
 
     def _keep(self, job: Job, cell: Cell) -> None:
+        if job.identity in self._kept:
+            return
         self._kept[job.identity] = cell
         lines = [json.dumps(dataclasses.asdict(cell) | {"identity": name}) for name, cell in sorted(self._kept.items())]
         self._kept_in.parent.mkdir(parents=True, exist_ok=True)
@@ -337,8 +340,8 @@ def _results(
         lines += [
             "",
             f"Each variant's learning rate is the one that did best in the same sweep, on {arguments.sweep_seeds} "
-            "seed(s) and as many problems that are not among those above; where the best was the least or the greatest, "
-            "the sweep went on:",
+            "seed(s) and as many problems that are not among those above; where the best was the least or the "
+            "greatest, the sweep went on:",
             "",
             *sweep_table(rates),
         ]

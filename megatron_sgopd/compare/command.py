@@ -16,9 +16,9 @@ def add_command(commands: Any) -> None:
         help="train by several methods and seeds, and tell what can be told apart",
         description="Train by a recipe once for each variant and seed, with the same prompts, and write a table: held-"
         "out pass rate with its interval, paired difference to a baseline, seconds and tokens. With --learning-rates "
-        "each variant first gets its own from the same small sweep, on seeds of its own and half of the problems, which the "
-        "table leaves out; a sweep that ends at an edge goes on. Cells that are finished are "
-        "kept when the command is started again; one that fails does not stop the others.",
+        "each variant first gets its own from the same small sweep, on seeds of its own and half of the problems, which "
+        "the table leaves out; a sweep that ends at an edge goes on. Cells that are finished are kept when the command "
+        "is started again; one that fails does not stop the others.",
         epilog="Example: megatron-sgopd compare recipe.yaml --methods sgopd,opd,grpo --seeds 5 --out runs/compare",
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file; see examples/")
@@ -44,7 +44,7 @@ def add_command(commands: Any) -> None:
         "--results",
         type=Path,
         metavar="FILE",
-        help="the table as Markdown (OUT/RESULTS.md); cells are kept beside it (.json), and not run where they are there",
+        help="the table as Markdown (OUT/RESULTS.md); finished cells are kept beside it (.json), and not run again",
     )
     command.add_argument(
         "--again", type=int, default=0, metavar="N", help="run N kept cells once more: the same must come of them"
