@@ -17,8 +17,8 @@ def add_command(commands: Any) -> None:
         description="Train by a recipe once for each variant and seed, with the same prompts, and write a table: held-"
         "out pass rate with its interval, paired difference to a baseline, seconds and tokens. With --learning-rates "
         "each variant first gets its own from the same small sweep, on seeds of its own and half of the problems, "
-        "which the table leaves out; a sweep that ends at an edge goes on. Cells that are finished are kept when the command "
-        "is started again; one that fails does not stop the others.",
+        "which the table leaves out; a sweep that ends at an edge goes on. Cells that are finished are kept when the "
+        "command is started again; one that fails does not stop the others.",
         epilog="Example: megatron-sgopd compare recipe.yaml --methods sgopd,opd,grpo --seeds 5 --out runs/compare",
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file; see examples/")
