@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -11,6 +12,9 @@ from megatron_sgopd.models.architecture import Architecture
 
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2))
 """Tensor, pipeline and expert parallel sizes."""
+SOME_LAYOUTS = ((1, 1, 1), (2, 2, 1), (2, 1, 2))
+"""Those of them that split everything once; the others are for `make test-long`."""
+OFTEN_AND_ALL = [pytest.param(SOME_LAYOUTS, id="some"), pytest.param(LAYOUTS, id="all", marks=pytest.mark.long)]
 
 
 def each_layout(

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+@pytest.mark.parametrize("direction", ["to-megatron", pytest.param("to-hf", marks=pytest.mark.long)])
 def test_twenty_kills(model: Path, tmp_path: Path, direction: str) -> None:
     script = Path(__file__).with_name("kill_conversions.py")
     done = subprocess.run(

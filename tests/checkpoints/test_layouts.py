@@ -6,10 +6,11 @@ One launch of four ranks checks all: importing Megatron takes longer than everyt
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
-from megatron_models import build, each_layout, forward, process_groups
+from megatron_models import OFTEN_AND_ALL, build, each_layout, forward, process_groups
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.models.architecture import Architecture, read_architecture
@@ -19,7 +20,8 @@ from .conftest import Conversion
 TOKENS = 96  # one and a half times the positions where the fixture's rope scaling starts
 
 
-def test_every_layout_loads_and_saves(conversions: dict[str, Conversion], tmp_path: Path) -> None:
+@pytest.mark.parametrize("layouts", OFTEN_AND_ALL)
+def test_every_layout_loads_and_saves(conversions: dict[str, Conversion], tmp_path: Path, layouts: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     tokens = torch.randint(250, (4, TOKENS), generator=torch.Generator().manual_seed(2))
@@ -28,12 +30,12 @@ def test_every_layout_loads_and_saves(conversions: dict[str, Conversion], tmp_pa
         with torch.no_grad():
             reference[name] = AutoModelForCausalLM.from_pretrained(model.source)(tokens).logits.log_softmax(-1)
     save_file(reference, tmp_path / "reference.safetensors")
-    run_ranks(4, _check_layouts, conversions, tmp_path)
+    run_ranks(4, _check_layouts, conversions, tmp_path, layouts)
 
 
-def _check_layouts(conversions: dict[str, Conversion], scratch: Path) -> None:
+def _check_layouts(conversions: dict[str, Conversion], scratch: Path, layouts: Any) -> None:
     reference = load_file(scratch / "reference.safetensors")
-    for tensor, pipeline, expert in each_layout():
+    for tensor, pipeline, expert in each_layout(layouts):
         for name, model in conversions.items():
             architecture = read_architecture(model.source)
             if expert == 1 or architecture.num_experts:

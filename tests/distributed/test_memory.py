@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 from launch import run_ranks
 from megatron_models import base_config, build, each_layout, process_groups
 
@@ -111,6 +112,7 @@ def saved_bytes(models: str, out: str) -> None:
     (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.long
 def test_activations_are_counted_within_a_tenth(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     from megatron_sgopd.cluster.memory import activation_bytes
     from megatron_sgopd.models.architecture import read_architecture

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
-from megatron_models import build, each_layout, forward, process_groups
+from megatron_models import OFTEN_AND_ALL, build, each_layout, forward, process_groups
 from safetensors.torch import load_file, save_file
 
 from megatron_sgopd.errors import ConfigError
@@ -25,8 +25,9 @@ from megatron_sgopd.models.architecture import Architecture, read_architecture
 LENGTH = 256  # four times the positions where the fixture's rope scaling starts
 
 
+@pytest.mark.parametrize("layouts", OFTEN_AND_ALL)
 def test_models_equal_transformers_and_export_bit_equal_at_every_layout(
-    tiny_models: dict[str, Path], tmp_path: Path
+    tiny_models: dict[str, Path], tmp_path: Path, layouts: Any
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -37,16 +38,16 @@ def test_models_equal_transformers_and_export_bit_equal_at_every_layout(
             logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
         reference[name] = logits.log_softmax(-1)
     save_file(reference, tmp_path / "reference.safetensors")
-    run_ranks(4, _check_models, tiny_models, tmp_path)
+    run_ranks(4, _check_models, tiny_models, tmp_path, layouts)
 
 
 # ---- What each rank does --------------------------------------------------------------------------------
 
 
-def _check_models(folders: dict[str, Path], tmp_path: Path) -> None:
+def _check_models(folders: dict[str, Path], tmp_path: Path, layouts: Any) -> None:
     reference = load_file(tmp_path / "reference.safetensors")
     architectures = {name: read_architecture(folder) for name, folder in folders.items()}
-    for tensor, pipeline, expert in each_layout():
+    for tensor, pipeline, expert in each_layout(layouts):
         for name, architecture in architectures.items():
             if expert == 1 or architecture.num_experts:
                 _check_model(architecture, reference["tokens"], reference[name], (tensor, pipeline, expert))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
@@ -24,6 +25,7 @@ LAYOUTS = {
 """Tensor, pipeline and expert parallel sizes."""
 
 
+@pytest.mark.long
 def test_no_byte_is_sent_twice_and_memory_is_bounded() -> None:
     run_ranks(1, _check, timeout=280)
 

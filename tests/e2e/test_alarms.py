@@ -105,6 +105,7 @@ def test_a_fault_ends_the_run_with_its_diagnosis(ending: Callable[[str], Finishe
     assert PLANTED[fault][1] in finished.errors
 
 
+@pytest.mark.long
 def test_a_step_that_has_nothing_to_train_on_leaves_the_weights_and_is_counted(recorded_batch: Path, tmp_path: Path):
     folder = changed_batch(recorded_batch, tmp_path / "batches", lambda trajectory: None)
     for step, cut in ((1, True), (2, False)):
@@ -122,6 +123,7 @@ def test_a_step_that_has_nothing_to_train_on_leaves_the_weights_and_is_counted(r
     assert any("1 steps had nothing to train on" in said for said in read_run(run.folder).alarms)
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_ends_the_run_with_the_stage_named_and_every_rank_stack(tmp_path: Path):
     changes = {"train.steps": 5, "alarms.hang_seconds": 5.0, "data.heldout": None, "logging.record": None}
     run = train(tmp_path, changes | {"sgopd.objective": "tests.faulty:sleeps_in_a_later_step"})

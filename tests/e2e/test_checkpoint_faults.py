@@ -45,6 +45,7 @@ def skew_clocks(checkpoints: Path) -> None:
             os.utime(path, times=(path.stat().st_mtime + 86400 * (age - 2),) * 2)
 
 
+@pytest.mark.long
 def test_broken_checkpoints_are_named_and_the_newest_whole_one_is_taken(main_run: Finished, tmp_path: Path):
     checkpoints = unfinished(main_run, tmp_path / "run")
     truncate(step_folder(checkpoints, 11))

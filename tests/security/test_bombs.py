@@ -182,8 +182,14 @@ def test_a_line_without_end_takes_the_reader_and_nobody_else(tmp_path: Path, mon
             "{% endfor %}",
             "nothing came for 3 s: a prompt, or the chat template of .* takes too long",
         ),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"refuses the messages \(RecursionError"),
-        ("{{ messages.__class__.__mro__ }}", r"refuses the messages \(access to attribute"),
+        pytest.param(
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            r"refuses the messages \(RecursionError",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "{{ messages.__class__.__mro__ }}", r"refuses the messages \(access to attribute", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_template_that_fails_or_never_ends_is_named(

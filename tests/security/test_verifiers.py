@@ -166,6 +166,7 @@ print(json.dumps([outcomes, reasons, verification.faults["verifier_timeout"], ga
 """
 
 
+@pytest.mark.long
 def test_a_step_lives_as_long_as_slow_answers_settle() -> None:
     """And so does whoever waits for another rank's."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
