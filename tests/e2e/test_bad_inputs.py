@@ -52,7 +52,7 @@ def other_tokenizer(folder: Path) -> Path:
 
 def bank(folder: Path, **other: object) -> Path:
     """A bank without rollouts of the example's teacher and prompts."""
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, [f"teacher_rollouts.bank={folder}"])
     inputs = check_inputs(recipe, recipe.train.row_tokens, recipe.train.seed)
     worker = teacher_worker(recipe, inputs.tokenizer, recipe.train.row_tokens, recipe.train.seed)
     identity = dataclasses.replace(worker.identity(inputs.train), **other)
