@@ -119,7 +119,7 @@ class Recording:
         taught = Taught(tuple(t for t in trajectories if t.from_teacher), **vars(content.taught))
         numbers = path.with_suffix(".safetensors")
         try:
-            tensors = self._scores(numbers) if numbers.is_file() else {}
+            tensors, said = _numbers(numbers) if numbers.is_file() else ({}, {})
         except SafetensorError as error:
             raise ConfigError(
                 f"{numbers} cannot be read ({error}): remove it, and its numbers are made again"
@@ -130,12 +130,10 @@ class Recording:
                 f"{numbers}: {wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}, and {path.name} has {tokens} "
                 "tokens: remove the file, and its numbers are made again"
             )
+        self._check_scores(tensors, said, numbers)
         return Batch(step, content.prompts, taught, tuple(t for t in trajectories if not t.from_teacher)), tensors
 
-    def _scores(self, numbers: Path) -> dict[str, torch.Tensor]:
-        with safe_open(numbers, "pt") as file:
-            said = file.metadata() or {}
-        tensors = load_file(numbers)
+    def _check_scores(self, tensors: Mapping[str, torch.Tensor], said: Mapping[str, str], numbers: Path) -> None:
         for model in ("teacher", "reference"):
             for name in (model, "temperature"):
                 if f"{model}_logprobs_T" in tensors and said.get(name) != self._scored_by[name]:
@@ -143,7 +141,6 @@ class Recording:
                         f"{numbers} holds log-probs of the {model} with {name} {said.get(name)!r}, and the run has "
                         f"{self._scored_by[name]!r}: remove the .safetensors files there, and models score again"
                     )
-        return tensors
 
     def _read(self, path: Path) -> _Step:
         try:
@@ -205,3 +202,10 @@ class Recording:
         path = self._record / f"step_{batch.step:06d}.json"
         save_file(tensors, path.with_suffix(".safetensors"), metadata=self._scored_by)
         write_atomically(path, json.dumps(dataclasses.asdict(content)).encode())
+
+
+def _numbers(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a step, and what the file says of them."""
+    with safe_open(path, "pt") as file:
+        said = file.metadata() or {}
+    return load_file(path), said
