@@ -106,14 +106,14 @@ def t_quantile(chance: float, freedom: int) -> float:
 
 
 def interval(values_SP: np.ndarray) -> Score:
-    """Mean over S seeds and P problems, and its 95 % interval."""
-    return estimate(values_SP).interval()
+    """Mean rate over S seeds and P problems, and its 95 % interval, which ends at 0 and 1."""
+    found = estimate(values_SP).interval()
+    return Score(found.mean, max(0.0, found.low), min(1.0, found.high))
 
 
 def score(variant: Variant) -> Score:
-    """Held-out pass rate, which is between 0 and 1."""
-    found = interval(np.array([cell.by_problem for cell in variant.cells]))
-    return Score(found.mean, max(0.0, found.low), min(1.0, found.high))
+    """Held-out pass rate."""
+    return interval(np.array([cell.by_problem for cell in variant.cells]))
 
 
 def difference(variant: Variant, baseline: Variant) -> Estimate | None:

@@ -31,6 +31,7 @@ SMALL = {
     "train.row_tokens": 128,
     "train.rows_per_microbatch": 2,
     "train.learning_rate": 3e-4,
+    "train.schedule": "constant",
     "train.warmup_steps": 0,
     "data.train.size": 200,
     "data.heldout.size": 8,

@@ -109,6 +109,7 @@ def test_a_model_on_two_benchmark_files_with_every_response_kept(tmp_path: Path)
     assert (out / "results.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_by_its_own_recipe(main_run: Finished, tmp_path: Path) -> None:
     result = run_eval(main_run.folder, "--out", tmp_path)
     assert result.returncode == 0, result.stderr

@@ -95,6 +95,7 @@ def special(recorded_batch: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return in_pairs(lambda name: succeed(tmp_path_factory.mktemp("special"), same | changed[name]), changed)
 
 
+@pytest.mark.long
 def test_a_teacher_that_is_the_student_teaches_nothing(special: dict[str, Finished]):
     # In the student's own layout: another order of float32 sums would already differ by 1e-6.
     (line,) = special["teacher is student"].metrics
@@ -102,6 +103,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(special: dict[str, Finish
     assert line["grad_norm"] < 1e-6
 
 
+@pytest.mark.long
 def test_a_live_reference_takes_no_forward(special: dict[str, Finished]):
     (line,) = special["live reference"].metrics
     assert (line["teacher_forwards"], line["reference_forwards"]) == (1, 0)

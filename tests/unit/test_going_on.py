@@ -81,14 +81,10 @@ def test_the_same_prompts_may_have_moved_and_others_may_not(tmp_path: Path) -> N
     inputs = check_recipe(first)
     trained(first, done=1)
     (tmp_path / "run" / PROMPTS_DIGEST).write_text(inputs.prompts_digest)
-    check_recipe(first)
     moved = [shutil.copy(file, tmp_path / f"moved-{file.name}") for file in files]
     check_recipe(reading(*moved))
     [said] = remarks(reading(moved[0], files[1]))
     assert said.startswith("goes on with data.train.source=") and said.endswith(": the prompts are the same")
-    for file in moved:
-        whole = file.read_text()
-        file.write_text(whole.replace("11", "12"))
-        with pytest.raises(ConfigError, match="the prompts of this run have changed since it began"):
-            check_recipe(reading(*moved))
-        file.write_text(whole)
+    moved[1].write_text(moved[1].read_text().replace("111", "112"))
+    with pytest.raises(ConfigError, match="the prompts of this run have changed since it began"):
+        check_recipe(reading(*moved))
