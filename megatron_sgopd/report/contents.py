@@ -85,14 +85,15 @@ def _alike(runs: Sequence[_Shown]) -> list[_Shown]:
     like = next((last_measured(run.evaluations) for run in runs if run.evaluations), None)
     shown = []
     for run in runs:
-        alike = measured_as(run.evaluations, like)
-        if others := [line for line in run.evaluations if line not in alike]:
+        if others := [line for line in run.evaluations if line.get(MEASURED) != like]:
             said = differences(others[0].get(MEASURED), like)
             alarm = (
                 f"{len(others)} evaluations are left out, since they were measured otherwise than others here: {said}"
             )
             run = dataclasses.replace(
-                run, evaluations=alike, run=dataclasses.replace(run.run, alarms=[*run.run.alarms, alarm])
+                run,
+                evaluations=measured_as(run.evaluations, like),
+                run=dataclasses.replace(run.run, alarms=[*run.run.alarms, alarm]),
             )
         shown.append(run)
     return shown

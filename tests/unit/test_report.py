@@ -308,3 +308,18 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.jsonl").write_text("nonsense\n" + '{"step": 1, "seconds": 1.0, "pass_rate": 0.5}\n' * 20)
     assert "metrics.jsonl, line 1 is not JSON" in refusal(capsys, run)
     assert not list(tmp_path.glob("**/*.html"))
+
+
+def test_rates_that_were_measured_otherwise_are_not_set_side_by_side(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 20) for name in ("a", "b")]
+    for run, temperatures in zip(runs, ((1.0, 1.0), (0.6, 1.0)), strict=True):
+        path = run / "evaluations.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, line in enumerate(lines):
+            line["measured"] = {"samples": 2, "temperature": temperatures[number > 1]}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = contents(runs)["runs"]
+    assert first["before"] is not None and first["after"] is not None and not first["alarms"]
+    assert second["before"] is None and second["after"] is not None
+    assert "2 evaluations are left out, since they were measured otherwise" in second["alarms"][0]
+    assert second["alarms"][0].endswith("temperature 0.6 and 1.0")
