@@ -50,6 +50,8 @@ class Estimate:
     """Standard error."""
     freedom: int
     """Degrees of freedom of Student's t."""
+    seeds: int
+    """S."""
 
     def interval(self, level: float = LEVEL) -> Score:
         """That holds the truth with a chance of `level`."""
@@ -80,13 +82,13 @@ def estimate(values_SP: np.ndarray) -> Estimate:
     if min(seeds, problems) == 1:
         others = max(seeds, problems) - 1
         error = float(values_SP.std(ddof=1)) / math.sqrt(others + 1) if others else 0.0
-        return Estimate(mean, error, max(others, 1))
+        return Estimate(mean, error, max(others, 1), seeds)
     seeds_S, problems_P = values_SP.mean(axis=1), values_SP.mean(axis=0)
     rest_SP = values_SP - seeds_S[:, None] - problems_P[None, :] + mean
     of_seeds, of_problems = problems * seeds_S.var(ddof=1), seeds * problems_P.var(ddof=1)
     of_rest = (rest_SP**2).sum() / ((seeds - 1) * (problems - 1))
     squares = max(of_seeds + of_problems - of_rest, of_seeds, of_problems)
-    return Estimate(mean, math.sqrt(squares / (seeds * problems)), seeds - 1)
+    return Estimate(mean, math.sqrt(squares / (seeds * problems)), seeds - 1, seeds)
 
 
 @functools.cache
@@ -189,7 +191,7 @@ def verdict(variants: Sequence[Variant], baseline: str) -> str:
         for variant in variants
         if variant.name != baseline and variant.cells
     }
-    enough = {name: apart for name, apart in found.items() if apart is not None and apart.freedom + 1 >= FEWEST_SEEDS}
+    enough = {name: apart for name, apart in found.items() if apart is not None and apart.seeds >= FEWEST_SEEDS}
     told: set[str] = set()
     for place, name in enumerate(sorted(enough, key=lambda name: enough[name].p_value)):
         if enough[name].p_value * (len(enough) - place) > _RISK:

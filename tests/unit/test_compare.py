@@ -69,8 +69,9 @@ def test_students_t() -> None:
         assert t_quantile(chance, freedom) == pytest.approx(value, rel=1e-9)
 
 
-def test_fewer_than_three_seeds_are_no_verdict() -> None:
-    ones, zeros = np.ones((2, 4)), np.zeros((2, 4))
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_are_no_verdict(seeds: int) -> None:
+    ones, zeros = np.ones((seeds, 40)), np.zeros((seeds, 40))
     said = verdict([variant("base", zeros), variant("up", ones)], "base")
     assert said.endswith("no verdict, for fewer than 3 seeds of both: up.")
 
