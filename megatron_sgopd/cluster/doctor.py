@@ -337,7 +337,7 @@ def data(recipe: Recipe) -> Iterator[Finding]:
             continue
         report = examine_data(prompts, recipe.verify, has_tokens=True)
         said = f"{name}: {report.usable:,} of {report.rows:,} rows usable, {report.duplicates:,} duplicates"
-        first = [*report.unusable, *report.contradicting, *report.refused][:1]
+        first = [*report.unusable, *report.contradicting, *report.refused, *report.unsolved][:1]
         looks = f"; {first[0]}: `megatron-sgopd check-data` says more" if first else ""
         yield Finding("data", "green" if report.sound else "yellow", said + looks)
 

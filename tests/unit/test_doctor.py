@@ -163,3 +163,11 @@ def test_a_fault_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["doctor", str(EXAMPLE / "recipe.yaml"), f"--set=teacher.path={tmp_path}", "--no-generate"]
     assert main(arguments) == 1
     assert "BAD  models" in capsys.readouterr().out
+
+
+def test_data_whose_own_solutions_end_elsewhere_are_named(tmp_path: Path) -> None:
+    rows = [{"problem": "3+4=", "solution": "So \\boxed{6}.", "answer": "7"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [f"data.train={{source: {tmp_path}/rows.jsonl}}", "data.heldout=null", "verify.verifier=math"]
+    [finding] = doctor.data(recipe(tmp_path, *changes))
+    assert finding.level == "yellow" and "line 1: ends in '6', and the reference is '7'" in finding.said
