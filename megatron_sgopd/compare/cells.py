@@ -42,22 +42,10 @@ from megatron_sgopd.recipe import check_recipe, check_run_dir, load_recipe
 FIRST_SEED, FIRST_SWEEP_SEED = 1, 1001
 """Of the runs that are reported, and of those that only choose a learning rate."""
 
-
 _SAYS_NOTHING = ("run_dir", "private", "platform", "logging")
 """Sections of a recipe that change nothing of what comes of a run."""
 _MOST_EXTENSIONS = 4
 """Times that a sweep goes on beyond its edge."""
-
-
-@dataclass(frozen=True)
-class KeptCell:
-    """A finished run as it is kept beside the table."""
-
-    identity: str
-    seed: int
-    by_problem: tuple[float, ...]
-    seconds: float
-    tokens: float
 
 
 @dataclass(frozen=True)
@@ -262,9 +250,9 @@ class _Runner:
         if job.identity in self._kept:
             return
         self._kept[job.identity] = cell
-        lines = [json.dumps(dataclasses.asdict(cell) | {"identity": name}) for name, cell in sorted(self._kept.items())]
+        lines = [f'"{name}": {json.dumps(dataclasses.asdict(one))}' for name, one in sorted(self._kept.items())]
         self._kept_in.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._kept_in, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+        write_atomically(self._kept_in, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def _settings(self, job: Job) -> list[str]:
         settings = [*self._overrides, *job.settings, f"train.seed={job.seed}", f"run_dir={job.folder}"]
@@ -287,7 +275,7 @@ class _Runner:
             ).returncode
 
 
-_KEPT = TypeAdapter(list[KeptCell])
+_KEPT = TypeAdapter(dict[str, Cell])
 
 
 def _read_kept(path: Path) -> dict[str, Cell]:
@@ -295,11 +283,10 @@ def _read_kept(path: Path) -> dict[str, Cell]:
     if not path.is_file():
         return {}
     try:
-        kept = _KEPT.validate_json(read_bytes(path))
+        return _KEPT.validate_json(read_bytes(path))
     except ValidationError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not as compare writes it ({reason}): move it away") from None
-    return {one.identity: Cell(one.seed, one.by_problem, one.seconds, one.tokens) for one in kept}
 
 
 def _of_folder(job: Job) -> Cell | None:

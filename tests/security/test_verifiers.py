@@ -21,22 +21,14 @@ from megatron_sgopd.verify.base import VerifierResult, VerifyRequest
 from megatron_sgopd.verify.pool import VerifierPool
 
 from ..commands import REPOSITORY
+from ..recordings import recorded_step
 
 OWN = Prompt("problem 0", "1 + 1 =", (1, 2), "2", "bitwise_arithmetic", {"problem": "1 + 1"})
 
 
 def record(folder: Path, of: Prompt = OWN, **changes: Any) -> Path:
     """A recorded step with one response."""
-    response = {"prompt": 0, "sample": 0, "token_ids": [3, 4], "behaviour": [-1.0, -1.0]}
-    response |= {"truncated": False, "from_teacher": False} | changes
-    content = {
-        "step": 0,
-        "prompts": [dataclasses.asdict(dataclasses.replace(of, id=f"epoch 0, {of.id}"))],
-        "trajectories": [response],
-        "taught": {"weight": 0.0, "approval": float("nan"), "shortfall": 0.0},
-    }
-    (folder / "step_000000.json").write_text(json.dumps(content))
-    return folder
+    return recorded_step(folder, of, **changes)
 
 
 def replay(folder: Path, known: PromptSet | None = None, step: int = 0) -> Any:

@@ -1,12 +1,11 @@
 """Recorded batches know whose scores they hold; whole runs are replayed in tests/e2e/test_layouts.py."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recordings import recorded_step
 from safetensors.torch import save_file
 
 from megatron_sgopd.errors import ConfigError
@@ -18,15 +17,7 @@ SCORED_BY = {"teacher": "t", "reference": "r", "temperature": "1.0"}
 
 def recorded(folder: Path, metadata: dict[str, str] | None, *scores: str) -> Path:
     """A step with one response of two tokens, and scores of it."""
-    prompt = Prompt("epoch 0, problem 0", "1 + 1 =", (1,), "2", "", {})
-    response = {"prompt": 0, "sample": 0, "token_ids": [3, 4], "behaviour": [-1.0, -1.0], "truncated": False}
-    content = {
-        "step": 0,
-        "prompts": [dataclasses.asdict(prompt)],
-        "trajectories": [response | {"from_teacher": False}],
-        "taught": {"weight": 0.0, "approval": 0.0, "shortfall": 0.0},
-    }
-    (folder / "step_000000.json").write_text(json.dumps(content))
+    recorded_step(folder, Prompt("problem 0", "1 + 1 =", (1,), "2", "", {}))
     tensors = {f"{name}_logprobs_T": torch.zeros(2) for name in ("student", *scores)}
     save_file(tensors, folder / "step_000000.safetensors", metadata=metadata)
     return folder
