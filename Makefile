@@ -6,7 +6,7 @@ demo: setup  ## teach a small student arithmetic on this machine's CPU
 test: setup  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-test-long: setup  ## the few tests that `make test` leaves out for their length
+test-long: setup  ## the tests that `make test` leaves out for their length
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long
 
 test-checkpoints: setup  ## conversion only, with a real model; all but that is part of `make test`

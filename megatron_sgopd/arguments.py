@@ -19,7 +19,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def prompt_text(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_chat_template` was given, by the names of the settings."""
+    """What `add_prompt_text` was given, by the names of the settings."""
     return {
         "chat_template": not arguments.no_chat_template,
         "chat_template_arguments": arguments.chat_template_arguments,
@@ -28,7 +28,7 @@ def prompt_text(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_chat_template(parser: argparse.ArgumentParser, of: str) -> None:
+def add_prompt_text(parser: argparse.ArgumentParser, of: str) -> None:
     """Add what says how prompts become text, where no recipe does.
 
     Args:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_sgopd.arguments import add_chat_template, add_set
+from megatron_sgopd.arguments import add_prompt_text, add_set
 
 
 def add_command(commands: Any) -> None:
@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of a response (the recipe's, or 1024)")
     command.add_argument("--verifier", metavar="NAME", help="math, task, exact or import.path:function (math)")
     command.add_argument("--tensor-parallel", type=int, metavar="N", help="ranks that share a replica (1)")
-    add_chat_template(command, of="--data")
+    add_prompt_text(command, of="--data")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
     command.add_argument(
         "--contamination",

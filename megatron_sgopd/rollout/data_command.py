@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sgopd.arguments import add_chat_template, add_set, prompt_text
+from megatron_sgopd.arguments import add_prompt_text, add_set, prompt_text
 from megatron_sgopd.common.console import Terminal, styled
 
 if TYPE_CHECKING:
@@ -35,12 +35,13 @@ def add_command(commands: Any) -> None:
         "--model",
         default="",
         metavar="FOLDER",
-        help="whose tokenizer counts tokens (the recipe's model.path; of DATA none)",
+        help="whose tokenizer counts tokens, and whose chat template prompts go through (the recipe's model.path; of "
+        "DATA none: prompts as they are written)",
     )
     command.add_argument(
         "--verifier", metavar="NAME", help="math, task, exact or import.path:function (the recipe's, else math)"
     )
-    add_chat_template(command, of="DATA, with --model,")
+    add_prompt_text(command, of="DATA")
     command.add_argument("--json", action="store_true", help="one JSON object for each data set, one a line")
     command.set_defaults(run=_check_data)
 
